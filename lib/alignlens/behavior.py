@@ -1,0 +1,158 @@
+"""Behaviour: what alignment did outside the model, on prompts that no variant was trained on.
+
+``measure`` makes one row a pair for one model; ``compare`` turns the rows of a variant's seeds and of its base into
+numbers with 95 % intervals.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from . import models
+from .preferences import Formatter
+
+# name -> what it is and its unit; the order is the order of tables and panels
+MEASURES = {
+    "accuracy": "implicit-reward accuracy: share of pairs whose margin grew",
+    "margin": "implicit-reward margin: shift of chosen minus shift of rejected (nats)",
+    "chosen_shift": "shift of the chosen log-probability (nats)",
+    "rejected_shift": "shift of the rejected log-probability (nats)",
+    "kl": "dose: KL to base per response (nats)",
+    "win_rate": "win rate of samples against the base's (ties count half)",
+    "score": "judge's score of samples",
+    "length": "response length (tokens)",
+    "distinct_1": "distinct words / words",
+    "distinct_2": "distinct word pairs / word pairs",
+}
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Who scores sampled responses. ``score``: (prompts, responses) -> DataFrame with the column ``score``."""
+
+    name: str
+    score: object
+
+
+def measure(
+    model, format: Formatter, pairs: pd.DataFrame, judge: Judge | None, *, reference=None, sampled: int,
+    response_tokens: int, seed: int, batch_size: int = 64,
+) -> pd.DataFrame:  # fmt: skip
+    """Score the pairs and sample answers to the first ``sampled`` prompts.
+
+    Parameters
+    ----------
+    reference : the base; not needed for a model with an adapter that can be switched off. Without either the model is
+        the base itself, and its KL is 0.
+
+    Returns
+    -------
+    DataFrame, one row a pair that fits ``format.max_length``: row (in ``pairs``), prompt_id, chosen_logprob and
+    rejected_logprob (nats), chosen_length and rejected_length (tokens); and for rows with a sample: response, length,
+    ended (0 when cut at ``response_tokens``), kl (nats) and the judge's columns.
+    """
+    encoded = format.encode_pairs(pairs)
+    kept = np.flatnonzero(encoded.kept)
+    options = {"pad_id": format.pad_id, "batch_size": batch_size}
+    table = pd.DataFrame(
+        {
+            "row": kept,
+            "prompt_id": pairs.prompt_id.to_numpy()[kept],
+            "chosen_logprob": models.response_logprobs(model, encoded.prompt_ids, encoded.chosen_ids, **options),
+            "rejected_logprob": models.response_logprobs(model, encoded.prompt_ids, encoded.rejected_ids, **options),
+            "chosen_length": [len(r) for r in encoded.chosen_ids],
+            "rejected_length": [len(r) for r in encoded.rejected_ids],
+        }
+    )
+    asked = table.drop_duplicates("prompt_id").index[:sampled]
+    prompts = [encoded.prompt_ids[i] for i in asked]
+    made = models.sample(
+        model, prompts, end_id=format.end_id, pad_id=format.pad_id, max_new_tokens=response_tokens, seed=seed
+    )
+    samples = pd.DataFrame(
+        {
+            "response": [format.decode(ids) for ids in made],
+            "length": [len(ids) for ids in made],
+            "ended": [int(ids[-1] == format.end_id) for ids in made],
+        },
+        index=asked,
+    )
+    moved = reference is not None or hasattr(model, "disable_adapter")
+    samples["kl"] = models.response_kl(model, prompts, made, reference=reference, **options) if moved else 0.0
+    if judge is not None:
+        texts = pairs.prompt.to_numpy()[table.row[asked]].tolist()
+        samples = samples.join(judge.score(texts, samples.response.tolist()).set_index(asked))
+    return table.join(samples)
+
+
+def compare(variants: list[pd.DataFrame], base: pd.DataFrame, *, bootstrap: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """Behaviour of a variant against its base, with intervals over prompts and seeds.
+
+    Parameters
+    ----------
+    variants : the tables of ``measure``, one a seed, on the same pairs as ``base``.
+
+    Returns
+    -------
+    DataFrame, one row a measure (``MEASURES``, and the tiny world's factors where they were judged): measure, value,
+    low, high. The bootstrap draws prompts, and seeds where there are several.
+    """
+    per_seed = [_per_pair(table, base) for table in variants]
+    names = [n for n in per_seed[0].columns if n != "prompt_id"]
+    groups = per_seed[0].prompt_id.to_numpy()
+    ids, index = np.unique(groups, return_inverse=True)
+    # Sums and counts per prompt: a bootstrap draw of prompts is then one matrix product.
+    values = np.stack([t[names].to_numpy(float) for t in per_seed])
+    seen = np.isfinite(values)
+    sums, counts = np.zeros((2, len(per_seed), len(ids), len(names)))
+    for s in range(len(per_seed)):
+        np.add.at(sums[s], index, np.where(seen[s], values[s], 0))
+        np.add.at(counts[s], index, seen[s])
+    rng = np.random.default_rng(seed)
+    weights = rng.multinomial(len(ids), np.full(len(ids), 1 / len(ids)), size=bootstrap)
+    seeds = rng.multinomial(len(per_seed), np.full(len(per_seed), 1 / len(per_seed)), size=bootstrap)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = np.einsum("bp,spm->bsm", weights, sums) / np.einsum("bp,spm->bsm", weights, counts)
+        drawn = np.einsum("bs,bsm->bm", seeds / len(per_seed), means)
+        value = (sums.sum(1) / counts.sum(1)).mean(0)
+    low, high = np.nanpercentile(drawn, [2.5, 97.5], axis=0)
+    table = pd.DataFrame({"measure": names, "value": value, "low": low, "high": high})
+    return pd.concat([table, _diversity(variants)], ignore_index=True)
+
+
+def _per_pair(table: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
+    chosen = table.chosen_logprob - base.chosen_logprob
+    rejected = table.rejected_logprob - base.rejected_logprob
+    out = pd.DataFrame(
+        {
+            "prompt_id": table.prompt_id,
+            "accuracy": (np.sign(chosen - rejected) + 1) / 2,
+            "margin": chosen - rejected,
+            "chosen_shift": chosen,
+            "rejected_shift": rejected,
+            "kl": table.kl,
+        }
+    )
+    if "score" in table:
+        out["win_rate"] = ((np.sign(table.score - base.score) + 1) / 2).where(table.score.notna())
+    extras = [c for c in ("score", "tone", "fillers", "on_topic", "correct", "fluent", "ended", "length") if c in table]
+    return out.join(table[extras].astype(float))
+
+
+def _diversity(variants: list[pd.DataFrame]) -> pd.DataFrame:
+    """Distinct-n over all samples of a seed (Li et al. 2016, arXiv 1510.03055), its spread over seeds as interval."""
+    rows = []
+    for n in (1, 2):
+        shares = []
+        for table in variants:
+            grams = [g for text in table.response.dropna() for g in _ngrams(text.split(), n)]
+            shares.append(len(set(grams)) / max(1, len(grams)))
+        rows.append({"measure": f"distinct_{n}", "value": np.mean(shares), "low": min(shares), "high": max(shares)})
+    return pd.DataFrame(rows)
+
+
+def _ngrams(words, n):
+    return zip(*(words[i:] for i in range(n)), strict=False)

@@ -1,0 +1,33 @@
+"""The one exception family: each message says what is wrong, where, and what to do about it."""
+
+
+class AlignlensError(Exception):
+    """Base of all errors that alignlens raises on purpose."""
+
+
+class PresetError(AlignlensError):
+    """A parameter of the study is unknown, mistyped or out of range."""
+
+
+class PreferenceError(AlignlensError):
+    """A preference file, row or field cannot be used."""
+
+
+class StoreError(AlignlensError):
+    """A stored artifact is damaged, unreadable or half-written."""
+
+
+class ModelError(AlignlensError):
+    """A model or tokenizer cannot be loaded, or fails its checks."""
+
+
+class AlignError(AlignlensError):
+    """A variant cannot be trained as asked."""
+
+
+class ActivationError(AlignlensError):
+    """Activations cannot be read, or hold values no instrument may see."""
+
+
+class ProbeError(AlignlensError):
+    """A probe was asked for something its data cannot answer."""

@@ -1,0 +1,325 @@
+"""Presets: what a study is. Every field can be overridden by name, from a notebook or from papermill."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+
+from .errors import PresetError
+
+METHODS = ("ppo", "dpo", "simpo", "orpo", "grpo", "kto")
+CONTROLS = ("sft", "shuffled")
+
+# Learning rates of the tiny bases' adapters, found by the scan that notebooks/02_alignment.ipynb describes.
+TINY_RATES = {
+    "ppo": 1e-3, "dpo": 5e-4, "simpo": 5e-4, "orpo": 2e-3, "grpo": 2e-3, "kto": 1e-3, "sft": 2e-3, "shuffled": 5e-4,
+    "reward": 2e-3,
+}  # fmt: skip
+LORA_RATES = {
+    "ppo": 2e-5, "dpo": 2e-5, "simpo": 2e-5, "orpo": 5e-5, "grpo": 2e-5, "kto": 2e-5, "sft": 1e-4, "shuffled": 2e-5,
+    "reward": 1e-4,
+}  # fmt: skip
+
+# The merged checkpoints of arXiv 2606.09850, as its result files name them.
+PUBLISHED_CHECKPOINTS = {
+    "smollm3": "MInAlA/SmolLM3-3B-{method}-merged",
+    "llama": "MInAlA/Llama-3.2-3B-{method}-merged",
+    "llama:ppo": "MInAlA/Llama-3.2-3B-Instruct-PPO-merged",
+    "llama:grpo": "MInAlA/Llama-3.2-3B-Instruct-GRPO-merged",
+    "llama:kto": "MInAlA/Llama-3.2-3B-Instruct-KTO-merged",
+    "qwen3": "MInAlA/Qwen3-4B-Instruct-2507-{method}-merged",
+    "qwen3:orpo": "MInAlA/Qwen3-4B-ORPO-merged",
+}
+SPELLING = {"ppo": "PPO", "dpo": "DPO", "simpo": "SimPO", "orpo": "ORPO", "grpo": "GRPO", "kto": "KTO"}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """All parameters of a study.
+
+    What is compared
+        families : name -> base. A base is a hub id, a local folder, or ``tiny:ARCHITECTURE``, trained here.
+        methods, controls, seeds : the variants of each family.
+        variants : "auto" takes stored variants and trains what is missing; "load" never trains; "train" ignores what
+            is shipped and trains all.
+        checkpoints : ready variants, "family:method" (or "family", with ``{method}``) -> hub id or local folder.
+        recipe : "study" or "published" (see ``align.PUBLISHED``).
+    Pairs
+        pairs : "tinyworld", a file (.jsonl, .csv, .parquet) or a hub id.
+        prompts, length_bias, label_noise : of the tiny world. limit, max_chars, on_bad : of a file or hub data set.
+        reward_share, measure_share, split_seed : how prompts are split.
+        measured, sampled : pairs measured and prompts answered, at most.
+    Tiny bases
+        layers, d_model, vocab_size, pretrain_steps, pretrain_batch, pretrain_rate.
+    Alignment
+        steps, batch_size, micro_batch_size, max_length, response_tokens, lora_rank, learning_rates, stop, dose,
+        check_every, check_prompts; reward : "model" (trained on the reward split) or "truth" (tiny world);
+        reward_steps.
+    Measurement
+        position : last | mean | prompt. layers_measured : "all" or a list. read_batch, folds, bootstrap, permutations.
+    Where
+        store : folder or URL of made artifacts. shipped : read-only store looked up first. figures : where pictures go.
+        device : "auto", "cpu" or "cuda". jobs : processes side by side. trust_remote_code.
+    """
+
+    name: str = "tiny"
+    families: dict = field(
+        default_factory=lambda: {"llama": "tiny:llama", "qwen3": "tiny:qwen3", "smollm3": "tiny:smollm3"}
+    )
+    methods: tuple = METHODS
+    controls: tuple = CONTROLS
+    seeds: tuple = (0, 1, 2)
+    variants: str = "auto"
+    checkpoints: dict = field(default_factory=dict)
+    recipe: str = "study"
+
+    pairs: str = "tinyworld"
+    prompts: int = 4800
+    length_bias: float = 0.0
+    label_noise: float = 0.0
+    limit: int | None = None
+    max_chars: int | None = None
+    on_bad: str = "refuse"
+    reward_share: float = 0.2
+    measure_share: float = 0.2
+    split_seed: int = 0
+    measured: int = 480
+    sampled: int = 240
+
+    layers: int = 6
+    d_model: int = 96
+    vocab_size: int = 1024
+    pretrain_steps: int = 1000
+    pretrain_batch: int = 64
+    pretrain_rate: float = 4e-3
+
+    steps: int = 150
+    batch_size: int = 32
+    micro_batch_size: int | None = None
+    max_length: int = 128
+    response_tokens: int = 48
+    lora_rank: int = 8
+    learning_rates: dict = field(default_factory=lambda: dict(TINY_RATES))
+    stop: str = "dose"
+    dose: float = 2.0
+    check_every: int = 5
+    check_prompts: int = 96
+    reward: str = "model"
+    reward_steps: int = 200
+
+    position: str = "last"
+    layers_measured: str | tuple = "all"
+    read_batch: int = 64
+    folds: int = 5
+    bootstrap: int = 1000
+    permutations: int = 100
+
+    store: str = ".alignlens"
+    shipped: str | None = "data/tiny"
+    figures: str = "figures"
+    device: str = "auto"
+    jobs: int = 0
+    trust_remote_code: bool = False
+
+
+PRESETS = MappingProxyType(
+    {
+        "smoke": Preset(
+            name="smoke",
+            families={"llama": "tiny:llama"},
+            methods=("dpo", "kto"),
+            controls=("shuffled",),
+            seeds=(0,),
+            variants="train",
+            prompts=600,
+            measured=100,
+            sampled=40,
+            layers=2,
+            d_model=48,
+            pretrain_steps=250,
+            steps=20,
+            batch_size=16,
+            response_tokens=32,
+            reward_steps=20,
+            check_every=10,
+            check_prompts=24,
+            bootstrap=200,
+            permutations=20,
+            shipped=None,
+        ),
+        "tiny": Preset(),
+        "small": Preset(
+            name="small",
+            families={
+                "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
+                "qwen3": "Qwen/Qwen3-0.6B",
+                "llama": "meta-llama/Llama-3.2-1B-Instruct",
+            },
+            seeds=(0,),
+            pairs="argilla/ultrafeedback-binarized-preferences-cleaned",
+            on_bad="drop",
+            limit=12_000,
+            measured=2000,
+            sampled=256,
+            steps=300,
+            batch_size=32,
+            micro_batch_size=4,
+            max_length=1024,
+            response_tokens=256,
+            lora_rank=16,
+            learning_rates=dict(LORA_RATES),
+            dose=10.0,
+            check_every=25,
+            check_prompts=64,
+            read_batch=16,
+            shipped=None,
+        ),
+        "paper": Preset(
+            name="paper",
+            families={
+                "smollm3": "HuggingFaceTB/SmolLM3-3B",
+                "llama": "meta-llama/Llama-3.2-3B-Instruct",
+                "qwen3": "Qwen/Qwen3-4B-Instruct-2507",
+            },
+            controls=(),
+            seeds=(0,),
+            variants="load",
+            checkpoints=dict(PUBLISHED_CHECKPOINTS),
+            recipe="published",
+            pairs="argilla/ultrafeedback-binarized-preferences-cleaned",
+            on_bad="drop",
+            limit=20_000,
+            measured=5000,
+            sampled=256,
+            measure_share=0.4,
+            micro_batch_size=4,
+            max_length=1024,
+            response_tokens=256,
+            lora_rank=16,
+            learning_rates=dict(LORA_RATES),
+            stop="last",
+            dose=10.0,
+            check_every=50,
+            check_prompts=64,
+            read_batch=16,
+            shipped=None,
+        ),
+    }
+)
+
+_CHOICES = {
+    "variants": ("auto", "load", "train"),
+    "recipe": ("study", "published"),
+    "stop": ("dose", "last"),
+    "reward": ("model", "truth"),
+    "position": ("last", "mean", "prompt"),
+    "device": ("auto", "cpu", "cuda"),
+    "on_bad": ("refuse", "drop"),
+}
+
+
+def resolve(preset: str = "tiny", **overrides) -> Preset:
+    """The preset of that name with some fields replaced; None leaves a field as it is.
+
+    Raises
+    ------
+    PresetError
+        for an unknown preset or field (with the nearest name), or a value of the wrong type or outside its range.
+    """
+    if preset not in PRESETS:
+        raise PresetError(f"preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+    found = PRESETS[preset]
+    known = {f.name: f for f in dataclasses.fields(Preset) if f.name != "name"}
+    for name in overrides:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+            raise PresetError(f"parameter {name!r} is unknown{hint}")
+    changes = {k: _cast(k, v, getattr(found, k)) for k, v in overrides.items() if v is not None}
+    for name in ("learning_rates",):  # a dict of some rates replaces those rates only
+        if name in changes:
+            changes[name] = getattr(found, name) | changes[name]
+    result = dataclasses.replace(found, **changes)
+    _check(result)
+    return result
+
+
+def from_notebook(names: dict) -> Preset:
+    """The preset of a notebook from its global names: every plain value must be a parameter.
+
+    Call it before anything else is assigned: papermill puts parameters it does not know into the notebook with a
+    warning only, and a mistyped one would silently do nothing.
+    """
+    skip = {"In", "Out", "exit", "quit", "get_ipython", "open"}
+    plain = (str, int, float, bool, list, tuple, dict, type(None))
+    given = {k: v for k, v in names.items() if not k.startswith("_") and k not in skip and isinstance(v, plain)}
+    given.pop("name", None)
+    return resolve(given.pop("preset", "tiny") or "tiny", **given)
+
+
+def _cast(name, value, default):
+    """Check one value against the kind of its default, accepting the forms that a command line gives."""
+    listed = ("methods", "controls", "seeds")
+    if name in listed:
+        value = (value,) if isinstance(value, str | int) else tuple(value)
+        return tuple(int(v) for v in value) if name == "seeds" else value
+    if name == "layers_measured":
+        return value if value == "all" else tuple(int(v) for v in value)
+    if name in ("families", "checkpoints", "learning_rates"):
+        if not isinstance(value, dict):
+            raise PresetError(f"{name} is {value!r}; give a mapping, for example {{'llama': 'path/of/the/base'}}")
+        return dict(value)
+    number = {"limit": int, "max_chars": int, "micro_batch_size": int}.get(name, type(default))
+    if number in (int, float) and not isinstance(value, bool):
+        try:
+            cast = number(value)
+        except (TypeError, ValueError):
+            cast = None
+        if cast is not None and cast == float(value):
+            return cast
+    elif number is bool and isinstance(value, bool):
+        return value
+    elif number in (str, type(None)) and isinstance(value, str):
+        return value
+    raise PresetError(f"{name} is {value!r}; it must be {'a number' if number in (int, float) else number.__name__}")
+
+
+def _check(preset: Preset) -> None:
+    for name, choices in _CHOICES.items():
+        if getattr(preset, name) not in choices:
+            raise PresetError(f"{name} is {getattr(preset, name)!r}; choose one of {', '.join(choices)}")
+    for name, choices in (("methods", METHODS), ("controls", CONTROLS)):
+        for method in getattr(preset, name):
+            if method not in choices:
+                raise PresetError(f"{name} holds {method!r}; choose from {', '.join(choices)}")
+    if not preset.families:
+        raise PresetError("families is empty; give at least one base")
+    if not preset.seeds:
+        raise PresetError("seeds is empty; give at least one")
+    if preset.folds < 2:
+        raise PresetError(f"folds is {preset.folds}; cross-validation needs at least 2")
+    for name in ("steps", "batch_size", "bootstrap", "measured", "check_every", "check_prompts", "max_length"):
+        if getattr(preset, name) < 1:
+            raise PresetError(f"{name} is {getattr(preset, name)}; it must be at least 1")
+    if preset.reward == "truth" and preset.pairs != "tinyworld":
+        raise PresetError("reward 'truth' is the tiny world's utility; pairs from elsewhere have none: use 'model'")
+
+
+def home() -> Path:
+    """The project's folder, for relative paths: the working directory's nearest parent that holds ``notebooks/``."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "notebooks").is_dir() and (folder / "lib" / "alignlens").is_dir():
+            return folder
+    return here
+
+
+def place(path: str) -> str:
+    """A preset's path, relative ones taken from the project's folder; URLs and hub ids as they are."""
+    if "://" in path or os.path.isabs(path):
+        return path
+    return str(home() / path)

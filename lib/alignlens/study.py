@@ -1,0 +1,736 @@
+"""The front door: ask a study for a result; it comes from the store or is made, with all that it depends on.
+
+Every result is an artifact keyed by what it depends on, so notebooks run alone and in any order, a killed run goes on
+where it stopped, and two studies can share a store. ``Study.make_all`` makes many artifacts side by side beforehand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cached_property
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from . import preferences, presets, store, tinyworld
+from .errors import AlignError, PreferenceError, PresetError
+from .presets import Preset
+from .store import Artifact, Store, content_hash
+
+# Raised by hand when the results of a stage change.
+VERSIONS = {"base": 1, "reward": 1, "variant": 1, "activations": 1, "behavior": 1, "probes": 1, "contrast": 1}
+
+
+@dataclass(frozen=True, order=True)
+class Variant:
+    """One model of a study: a family, a method, a control or "base", and a seed."""
+
+    family: str
+    method: str
+    seed: int = 0
+
+    @property
+    def label(self) -> str:
+        return f"{self.family}-base" if self.method == "base" else f"{self.family}-{self.method}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: what Transformers loads, an adapter on top if any, and the hash of both."""
+
+    model: str
+    adapter: str | None
+    key: str
+    reference: str | None = None  # the base, for a merged checkpoint that has no adapter to switch off
+
+
+class Study:
+    """Everything a preset describes, made when asked for.
+
+    Parameters
+    ----------
+    preset : see ``presets.resolve``.
+    progress : show one progress bar for long work.
+    """
+
+    def __init__(self, preset: Preset, *, progress: bool = True):
+        self.preset, self.progress = preset, progress
+        shipped = presets.place(preset.shipped) if preset.shipped and preset.variants != "train" else None
+        if shipped and not Path(shipped).is_dir():
+            shipped = None
+        self.store = Store(presets.place(preset.store), shipped)
+
+    # --- what there is ----------------------------------------------------------------------------------------------
+
+    @property
+    def families(self) -> list[str]:
+        return list(self.preset.families)
+
+    @property
+    def methods(self) -> list[str]:
+        """Methods and controls, without the base."""
+        return [*self.preset.methods, *self.preset.controls]
+
+    def variants(self, family: str | None = None, *, base: bool = True) -> list[Variant]:
+        """All models of the study (or of one family), each base first."""
+        out = []
+        for name in [family] if family else self.families:
+            out += [Variant(name, "base")] if base else []
+            out += [Variant(name, m, s) for m in self.methods for s in self.seeds_of(name, m)]
+        return out
+
+    def seeds_of(self, family: str, method: str) -> tuple[int, ...]:
+        """Seeds of a variant; a ready checkpoint has one."""
+        return (0,) if method == "base" or self._checkpoint(family, method) else self.preset.seeds
+
+    @property
+    def run_id(self) -> str:
+        """Names this study's parameters and data: eight hex digits, on every figure."""
+        fields = dataclasses.asdict(self.preset)
+        for name in ("store", "figures", "jobs", "device", "shipped", "variants", "read_batch"):
+            fields.pop(name)
+        fields |= {"families": self._base_keys, "pairs": self.split_hash, "checkpoints": sorted(fields["checkpoints"])}
+        return content_hash(fields)[:8]
+
+    @cached_property
+    def device(self) -> str:
+        if self.preset.device != "auto":
+            return self.preset.device
+        from .models import default_device
+
+        return default_device()
+
+    # --- pairs ------------------------------------------------------------------------------------------------------
+
+    @property
+    def tiny_world(self) -> bool:
+        return self.preset.pairs == "tinyworld"
+
+    @cached_property
+    def pairs(self) -> pd.DataFrame:
+        """All pairs with their split; tiny-world pairs carry factors and utilities."""
+        p = self.preset
+        if self.tiny_world:
+            source = tinyworld.pairs(p.prompts, length_bias=p.length_bias, label_noise=p.label_noise)
+        else:
+            local = _existing(p.pairs)
+            source = str(local) if local else p.pairs
+        loaded = preferences.load_pairs(source, limit=p.limit, max_chars=p.max_chars, on_bad=p.on_bad)
+        split = preferences.split_by_prompt(loaded, reward=p.reward_share, measure=p.measure_share, seed=p.split_seed)
+        split.attrs["report"] = loaded.attrs["report"]
+        return split
+
+    def split(self, name: str) -> pd.DataFrame:
+        """The pairs of one split: train (methods), reward (reward model, dose checks) or measure (all measurements)."""
+        return self.pairs[self.pairs.split == name].reset_index(drop=True)
+
+    @cached_property
+    def split_hash(self) -> str:
+        return preferences.split_hash(self.pairs)
+
+    @cached_property
+    def _split_keys(self) -> dict[str, str]:
+        columns = ["prompt", "chosen", "rejected"]
+        return {name: content_hash(self.split(name)[columns]) for name in preferences.SPLITS}
+
+    def measured(self, family: str) -> pd.DataFrame:
+        """The measured pairs of a family: the same for all its models, whole prompts, none cut by ``max_length``."""
+        return self._fitting(family, self.split("measure"), self.preset.measured)
+
+    def _fitting(self, family, pairs, most):
+        fits = self.format(family).encode_pairs(pairs).kept
+        pairs = pairs[fits]
+        sizes = pairs.groupby("prompt_id", sort=False).size().cumsum()
+        pairs = pairs[pairs.prompt_id.isin(sizes.index[sizes <= most])].reset_index(drop=True)
+        preferences.check_folds(pairs, self.preset.folds)
+        return pairs
+
+    def format(self, family: str) -> preferences.Formatter:
+        """The one formatter of a family, for training and for measuring."""
+        if family not in self._formats:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(self.source(Variant(family, "base")).model)
+            self._formats[family] = preferences.Formatter(tokenizer, max_length=self.preset.max_length)
+        return self._formats[family]
+
+    @cached_property
+    def _formats(self) -> dict:
+        return {}
+
+    # --- models -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _base_keys(self) -> dict[str, str]:
+        return {family: self._base_key(family) for family in self.families}
+
+    def _base_key(self, family: str) -> str:
+        base = self.preset.families[family]
+        if base.startswith("tiny:"):
+            return Store.key("base", **self._base_identity(family))
+        local = _existing(base)
+        return content_hash(local) if local else base  # a hub id; give "id" at a fixed revision in checkpoints
+
+    def _base_identity(self, family: str) -> dict:
+        p = self.preset
+        architecture = p.families[family].removeprefix("tiny:")
+        names = ("layers", "d_model", "vocab_size", "pretrain_steps", "pretrain_batch", "pretrain_rate")
+        # Held-out prompts are kept out of the pretraining text as well, so the split is one of its inputs.
+        inputs = {"held out": content_hash(sorted(self.split("measure").prompt)) if self.tiny_world else "none"}
+        parameters = {"architecture": architecture, "seed": 0} | {n: getattr(p, n) for n in names}
+        return {"inputs": inputs, "parameters": parameters, "version": VERSIONS["base"]}
+
+    def base(self, family: str) -> Artifact:
+        """A tiny base, trained from scratch on the tiny world's text."""
+        identity = self._base_identity(family)
+        p = self.preset
+
+        def make(folder: Path) -> dict:
+            from . import models
+
+            held_out = self.split("measure").prompt if self.tiny_world else ()
+            text = tinyworld.corpus(min(100_000, p.pretrain_steps * p.pretrain_batch), exclude=held_out)
+            facts = models.pretrain(
+                folder,
+                identity["parameters"]["architecture"],
+                list(zip(text.prompt, text.response, strict=True)),
+                layers=p.layers,
+                d_model=p.d_model,
+                vocab_size=p.vocab_size,
+                steps=p.pretrain_steps,
+                batch_size=p.pretrain_batch,
+                learning_rate=p.pretrain_rate,
+                seed=0,
+            )
+            return facts
+
+        return self.store.get("base", f"{family}-base", make, **identity)
+
+    def source(self, variant: Variant) -> Source:
+        """Where a variant's weights are, after making them if need be."""
+        base = self.preset.families[variant.family]
+        key = self._base_keys[variant.family]
+        if variant.method == "base":
+            if base.startswith("tiny:"):
+                base = str(self.base(variant.family).path)
+            return Source(str(_existing(base) or base), None, key)
+        parent = self.source(Variant(variant.family, "base")).model
+        checkpoint = self._checkpoint(variant.family, variant.method)
+        if checkpoint:
+            local = _existing(checkpoint)
+            if local and (local / "adapter_config.json").exists():
+                return Source(parent, str(local), content_hash(local))
+            return Source(str(local or checkpoint), None, content_hash(local) if local else checkpoint, parent)
+        made = self.variant(variant)
+        return Source(parent, str(made.path), made.key)
+
+    def _checkpoint(self, family: str, method: str) -> str | None:
+        if self.preset.variants == "train" or method == "base":
+            return None
+        found = self.preset.checkpoints.get(f"{family}:{method}") or self.preset.checkpoints.get(family)
+        return found.format(method=presets.SPELLING.get(method, method)) if found else None
+
+    def load(self, variant: Variant, *, merge: bool = True):
+        """(model, tokenizer) of a variant; with ``merge`` off an adapter stays one that can be switched off."""
+        from . import models
+
+        source = self.source(variant)
+        return models.load(
+            source.model,
+            source.adapter,
+            device=self.device,
+            trust_remote_code=self.preset.trust_remote_code,
+            merge=merge,
+        )
+
+    def recipe(self, method: str, seed: int):
+        """The training recipe of a method (or "reward") under this preset."""
+        from . import align
+
+        p = self.preset
+        recipe = align.Recipe(
+            method=method,
+            learning_rate=p.learning_rates[method],
+            steps=p.reward_steps if method == "reward" else p.steps,
+            batch_size=p.batch_size,
+            micro_batch_size=p.micro_batch_size,
+            max_length=p.max_length,
+            response_tokens=p.response_tokens,
+            lora_rank=p.lora_rank,
+            lora_alpha=2 * p.lora_rank,
+            stop=p.stop,
+            dose=p.dose,
+            check_every=p.check_every,
+            check_prompts=p.check_prompts,
+            seed=seed,
+        )
+        if p.recipe == "published" and method in presets.METHODS:
+            return align.published(recipe, len(self.split("train")))
+        return recipe
+
+    def reward_model(self, family: str, seed: int = 0) -> Artifact:
+        """A reward model trained on the reward split; ``extra["accuracy"]`` is on held-out prompts of that split."""
+        from . import align
+
+        recipe = self.recipe("reward", seed)
+        return self.store.get(
+            "reward",
+            f"{family}-reward-seed{seed}",
+            lambda folder: align.train_reward(
+                folder, self.source(Variant(family, "base")).model, self.split("reward"), recipe, device=self.device
+            ),
+            inputs={"base": self._base_keys[family], "pairs": self._split_keys["reward"]},
+            parameters=dataclasses.asdict(recipe),
+            version=VERSIONS["reward"],
+        )
+
+    def variant(self, variant: Variant) -> Artifact:
+        """A trained adapter with its curves (``table("curves.parquet")``) and its dose (``extra``)."""
+        from . import align, models
+
+        recipe = self.recipe(variant.method, variant.seed)
+        online = variant.method in align.ONLINE
+        inputs = {"base": self._base_keys[variant.family], "pairs": self._split_keys["train"]}
+        inputs["heldout"] = self._split_keys["reward"]
+        reward = None
+        if online and self.preset.reward == "model":
+            inputs["reward"] = self._reward_key(variant.family, variant.seed)
+        elif online:
+            inputs["reward"] = "true utility"
+        identity = {
+            "inputs": inputs,
+            "parameters": dataclasses.asdict(recipe),
+            "version": VERSIONS["variant"],
+        }
+        if self.preset.variants == "load":
+            found = self.store.find("variant", **identity)
+            if found is None:
+                raise AlignError(
+                    f"variant {variant.label} is neither stored nor given as a checkpoint, and variants is 'load'; "
+                    "use variants 'auto' to train it, or name it in checkpoints"
+                )
+            return found
+
+        def make(folder: Path) -> dict:
+            nonlocal reward
+            base = self.source(Variant(variant.family, "base")).model
+            if online:
+                reward = _true_utility
+                if self.preset.reward == "model":
+                    adapter = self.reward_model(variant.family, variant.seed).path
+                    reward = models.load_reward(base, adapter, device=self.device)
+            return align.train(
+                folder, base, self.split("train"), self.split("reward"), recipe,
+                reward=reward, device=self.device, trust_remote_code=self.preset.trust_remote_code,
+            )  # fmt: skip
+
+        return self.store.get("variant", variant.label, make, **identity)
+
+    def _reward_key(self, family: str, seed: int) -> str:
+        return Store.key(
+            "reward",
+            inputs={"base": self._base_keys[family], "pairs": self._split_keys["reward"]},
+            parameters=dataclasses.asdict(self.recipe("reward", seed)),
+            version=VERSIONS["reward"],
+        )
+
+    # --- measurements -----------------------------------------------------------------------------------------------
+
+    def activations(self, variant: Variant):
+        """Residual streams of the family's measured pairs: ``activations.Activations``."""
+        return self._read("activations", variant, self.measured(variant.family), "measured")
+
+    def _read(self, stage, variant, pairs, what):
+        from . import activations
+
+        p = self.preset
+        layers = p.layers_measured if p.layers_measured == "all" else list(p.layers_measured)
+
+        def make(folder: Path) -> dict:
+            model, tokenizer = self.load(variant)
+            found = activations.read(
+                model, tokenizer, pairs, layers=layers, position=p.position, batch_size=p.read_batch,
+                formatter=self.format(variant.family), own=True,
+            )  # fmt: skip
+            found.save(folder)
+            return {"pairs": len(found.prompt_id), "what": what}
+
+        made = self.store.get(
+            stage,
+            f"{variant.label}-{what}",
+            make,
+            inputs={"model": self.source(variant).key, "pairs": content_hash(pairs[["prompt", "chosen", "rejected"]])},
+            parameters={"position": p.position, "layers": layers, "max_length": p.max_length},
+            version=VERSIONS[stage],
+        )
+        return activations.Activations.load(made.path)
+
+    def judge(self, family: str):
+        """Who scores samples: the tiny world's true utility, else the family's reward model."""
+        from . import behavior, models
+
+        if self.tiny_world:
+            return behavior.Judge(
+                "true utility", lambda p, r: tinyworld.score(p, r).rename(columns={"utility": "score"})
+            )
+        base = self.source(Variant(family, "base")).model
+        reward = models.load_reward(base, self.reward_model(family).path, device=self.device)
+        format = self.format(family)
+
+        def score(prompts, responses):
+            ids = [format.encode(p, r or " ") for p, r in zip(prompts, responses, strict=True)]
+            values = models.rewards(reward, [p for p, _ in ids], [r for _, r in ids], pad_id=format.pad_id)
+            return pd.DataFrame({"score": values})
+
+        return behavior.Judge("reward model", score)
+
+    def behavior(self, variant: Variant) -> pd.DataFrame:
+        """Log-probabilities and samples of one model on the measured pairs, one row a pair."""
+        from . import behavior, models
+
+        p = self.preset
+        pairs = self.measured(variant.family)
+        judged = self.tiny_world or bool(set(self.methods) & {"ppo", "grpo"})
+
+        def make(folder: Path) -> dict:
+            source = self.source(variant)
+            model, _ = self.load(variant, merge=False)
+            reference = models.load(source.reference, device=self.device)[0] if source.reference else None
+            table = behavior.measure(
+                model, self.format(variant.family), pairs, self.judge(variant.family) if judged else None,
+                reference=reference, sampled=p.sampled, response_tokens=p.response_tokens,
+                seed=variant.seed, batch_size=p.read_batch,
+            )  # fmt: skip
+            store.write_table(folder / "behavior.parquet", table)
+            return {}
+
+        inputs = {"model": self.source(variant).key, "pairs": content_hash(pairs[["prompt", "chosen", "rejected"]])}
+        if judged and not self.tiny_world:
+            inputs["judge"] = self._reward_key(variant.family, 0)
+        parameters = {"sampled": p.sampled, "tokens": p.response_tokens, "seed": variant.seed, "max": p.max_length}
+        made = self.store.get(
+            "behavior", variant.label, make, inputs=inputs, parameters=parameters, version=VERSIONS["behavior"]
+        )
+        return made.table("behavior.parquet")
+
+    def probes(self, variant: Variant) -> Artifact:
+        """All probe tables of one model.
+
+        Tables: ``grouped``, ``published`` (``probes.fit_layers`` under each protocol), ``null`` (permuted signs),
+        ``selectivity``, and for variants ``transfer`` against the base. Arrays ``scores``: out-of-fold scores.
+        """
+        from . import probes
+
+        p = self.preset
+        own = self.activations(variant)
+        groups = own.prompt_id
+        base = self.activations(Variant(variant.family, "base")) if variant.method != "base" else None
+
+        def make(folder: Path) -> dict:
+            sides = (own.chosen, own.rejected, groups)
+            draws = {"folds": p.folds, "bootstrap": p.bootstrap}
+            tables = {
+                "grouped": probes.fit_layers(*sides, protocol="grouped", **draws),
+                "published": probes.fit_layers(*sides, protocol="published", **draws),
+                "selectivity": probes.selectivity(*sides, bootstrap=p.bootstrap, folds=p.folds),
+            }
+            if base is None:
+                for protocol in ("grouped", "published"):
+                    null = probes.permuted_sign_null(
+                        *sides, protocol=protocol, folds=p.folds, permutations=p.permutations
+                    )
+                    tables[f"null_{protocol}"] = null.assign(layer=own.layers)
+            else:
+                tables["transfer"] = probes.transfer(base, own, groups, **draws)
+            for name, table in tables.items():
+                store.write_table(folder / f"{name}.parquet", table.assign(layer=own.layers))
+            arrays = {}
+            for protocol in ("grouped", "published"):
+                out = probes.out_of_fold(*sides, protocol=protocol, folds=p.folds)
+                for name in ("scores", "labels", "fold_ids", "pair_ids"):
+                    arrays[f"{protocol}.{name}"] = np.ascontiguousarray(getattr(out, name))
+            store.write_arrays(folder / "scores.safetensors", arrays)
+            return {}
+
+        inputs = {"activations": self._activations_key(variant)}
+        if base is not None:
+            inputs["base"] = self._activations_key(Variant(variant.family, "base"))
+        parameters = {"folds": p.folds, "bootstrap": p.bootstrap}
+        if base is None:
+            parameters["permutations"] = p.permutations
+        return self.store.get(
+            "probes", variant.label, make, inputs=inputs, parameters=parameters, version=VERSIONS["probes"]
+        )
+
+    def _activations_key(self, variant: Variant) -> str:
+        p = self.preset
+        pairs = self.measured(variant.family)[["prompt", "chosen", "rejected"]]
+        return content_hash([self.source(variant).key, content_hash(pairs), p.position, list(p.layers_measured)])
+
+    # --- tables over the whole study --------------------------------------------------------------------------------
+
+    def collect(self, make, variants=None) -> pd.DataFrame:
+        """Stack ``make(variant)`` tables over variants, with columns family, method and seed in front."""
+        out = []
+        for variant in variants or self.variants():
+            table = make(variant)
+            for i, name in enumerate(("family", "method", "seed")):
+                table.insert(i, name, getattr(variant, name))
+            out.append(table)
+        return pd.concat(out, ignore_index=True)
+
+    def probe_table(self, name: str, *, base: bool = True) -> pd.DataFrame:
+        """One probe table of all models, e.g. "grouped", with family, method, seed."""
+        return self.collect(lambda v: self.probes(v).table(f"{name}.parquet"), self.variants(base=base))
+
+    def behavior_table(self) -> pd.DataFrame:
+        """Behaviour of each variant over its seeds, against its base: family, method, measure, value, low, high."""
+        from . import behavior
+
+        out = []
+        for family in self.families:
+            base = self.behavior(Variant(family, "base"))
+            for method in ["base", *self.methods]:
+                tables = [self.behavior(Variant(family, method, s)) for s in self.seeds_of(family, method)]
+                table = behavior.compare(tables, base, bootstrap=self.preset.bootstrap)
+                out.append(table.assign(family=family, method=method))
+        return pd.concat(out, ignore_index=True)
+
+    def curves(self) -> pd.DataFrame:
+        """Training curves of all trained variants; checkpoints from elsewhere have none."""
+        trained = [v for v in self.variants(base=False) if not self._checkpoint(v.family, v.method)]
+        if not trained:
+            return pd.DataFrame(columns=["family", "method", "seed", "step", "kl"])
+        return self.collect(lambda v: self.variant(v).table("curves.parquet"), trained)
+
+    def doses(self) -> pd.DataFrame:
+        """How far each trained variant went: family, method, seed, steps, dose, dose_se, stopped_by."""
+        trained = [v for v in self.variants(base=False) if not self._checkpoint(v.family, v.method)]
+        names = ("steps", "dose", "dose_se", "stopped_by")
+        return pd.DataFrame(
+            [{**dataclasses.asdict(v), **{n: self.variant(v).extra[n] for n in names}} for v in trained]
+        )
+
+    def rewards(self) -> pd.DataFrame:
+        """Held-out accuracy of the reward models that ppo and grpo optimise: family, seed, accuracy, accuracy_se."""
+        if self.preset.reward != "model" or not {"ppo", "grpo"} & set(self.methods) or self.preset.variants == "load":
+            return pd.DataFrame(columns=["family", "seed", "accuracy", "accuracy_se"])
+        return pd.DataFrame(
+            [
+                {"family": f, "seed": s, **{n: self.reward_model(f, s).extra[n] for n in ("accuracy", "accuracy_se")}}
+                for f in self.families
+                for s in self.preset.seeds
+            ]
+        )
+
+    def baselines(self, family: str) -> pd.DataFrame:
+        """Grouped probes on what needs no depth: length, bag of tokens, the base's log-probability margin.
+
+        One row a baseline: baseline, auroc, auroc_low, auroc_high, accuracy.
+        """
+        from scipy.sparse import csr_array
+
+        from . import probes
+
+        pairs = self.measured(family)
+        encoded = self.format(family).encode_pairs(pairs)
+        base = self.behavior(Variant(family, "base"))
+
+        def bag(rows):
+            size = max(max(r) for r in [*encoded.chosen_ids, *encoded.rejected_ids]) + 1
+            columns = np.concatenate(rows)
+            starts = np.cumsum([0, *map(len, rows)])
+            return csr_array((np.ones(len(columns)), columns, starts), shape=(len(rows), size))
+
+        features = {
+            "length": ([len(r) for r in encoded.chosen_ids], [len(r) for r in encoded.rejected_ids]),
+            "bag of tokens": (bag(encoded.chosen_ids), bag(encoded.rejected_ids)),
+            "log-probability": (base.chosen_logprob.to_numpy(), base.rejected_logprob.to_numpy()),
+        }
+        rows = []
+        for name, (chosen, rejected) in features.items():
+            if isinstance(chosen, list):
+                chosen, rejected = np.asarray(chosen, float), np.asarray(rejected, float)
+            found = probes.fit_features(
+                chosen, rejected, pairs.prompt_id.to_numpy(), folds=self.preset.folds, bootstrap=self.preset.bootstrap
+            )
+            rows.append({"baseline": name, **found[["auroc", "auroc_low", "auroc_high", "accuracy"]]})
+        return pd.DataFrame(rows)
+
+    def contrast_sets(self, family: str) -> dict[str, pd.DataFrame]:
+        """Three sets of pairs on held-out prompts, for reading one and the same unaligned base.
+
+        "paired" one pair a prompt; "repeated answers" several rejected answers against one chosen, so chosen rows
+        repeat; "few pairs" fewer pairs than the model has dimensions. Pairs from a file give the second only if its
+        prompts repeat.
+        """
+        p = self.preset
+        pairs = self.measured(family)
+        width = self.width(family)
+        sets = {"paired": pairs.drop_duplicates("prompt_id").reset_index(drop=True)}
+        if self.tiny_world:
+            many = preferences.load_pairs(
+                tinyworld.pairs(p.prompts, rejected=4, seed=1, length_bias=p.length_bias, label_noise=p.label_noise)
+            )
+            many = many[many.prompt.isin(set(pairs.prompt))]
+        else:
+            many = pairs[pairs.prompt_id.duplicated(keep=False)]
+        if many.prompt_id.nunique() >= p.folds:
+            sets["repeated answers"] = many.iloc[: len(pairs)].reset_index(drop=True)
+        few = int(min(len(sets["paired"]), 0.75 * width))
+        sets["few pairs"] = sets["paired"].iloc[:few].reset_index(drop=True)
+        return sets
+
+    def width(self, family: str) -> int:
+        from . import models
+
+        return models.describe(self.source(Variant(family, "base")).model)["d_model"]
+
+    def contrast(self, family: str) -> pd.DataFrame:
+        """The base read on each contrast set under both protocols: set, protocol, n_pairs, layer, auroc, low, high,
+        and the share of rows whose mirror was in training (leaked) with the AUROC of those and of the others."""
+        from . import probes
+
+        variant = Variant(family, "base")
+        out = []
+        for name, pairs in self.contrast_sets(family).items():
+            found = self._read("contrast", variant, pairs, name)
+            sides = (found.chosen, found.rejected, found.prompt_id)
+            for protocol in ("grouped", "published"):
+                table = probes.fit_layers(
+                    *sides, protocol=protocol, folds=self.preset.folds, bootstrap=self.preset.bootstrap
+                )
+                scores = probes.out_of_fold(*sides, protocol=protocol, folds=self.preset.folds)
+                leaks = [
+                    probes.leak_check(scores.labels, s, scores.fold_ids, scores.pair_ids, bootstrap=0)
+                    for s in scores.scores
+                ]
+                table["layer"] = found.layers
+                table["auroc_leaked"] = [leak["auroc_leaked"] for leak in leaks]
+                table["auroc_clean"] = [leak["auroc_clean"] for leak in leaks]
+                floor = probes.noise_floor(len(pairs), found.chosen.shape[-1], protocol=protocol)
+                out.append(table.assign(family=family, set=name, protocol=protocol, pairs=len(pairs), floor=floor))
+        return pd.concat(out, ignore_index=True)
+
+    # --- making many at once ----------------------------------------------------------------------------------------
+
+    def make_all(self, *stages: str) -> None:
+        """Make what these stages need, several models side by side: "variants", "behavior", "probes".
+
+        Shows one progress bar with what is being made. Later calls find everything in the store.
+        """
+        p = self.preset
+        tiny = [f for f in self.families if p.families[f].startswith("tiny:")]
+        plan: list[tuple[str, str, tuple]] = [("base", "base", (f,)) for f in tiny]
+        self._run(plan)
+        wanted = {
+            "variants": [("variant", "variant", (v,)) for v in self._slowest_first()],
+            "behavior": [("behavior", "behavior", (v,)) for v in self.variants()],
+            "probes": [("activations and probes", "probes", (v,)) for v in self.variants()],
+        }
+        online = {"ppo", "grpo"} & set(self.methods) and p.reward == "model" and p.variants != "load"
+        if online and "variants" in stages:
+            self._run([("reward model", "reward_model", (f, s)) for f in self.families for s in p.seeds])
+        for stage in stages:
+            if stage not in wanted:
+                raise PresetError(f"stage {stage!r} is unknown; choose from {', '.join(wanted)}")
+            tasks = wanted[stage]
+            if stage == "probes":  # a base's streams are an input of all its variants' transfer
+                self._run(tasks[:0] + [t for t in tasks if t[2][0].method == "base"])
+            self._run(tasks)
+
+    def _slowest_first(self):
+        order = {"ppo": 0, "grpo": 1}
+        trained = [v for v in self.variants(base=False) if not self._checkpoint(v.family, v.method)]
+        return sorted(trained, key=lambda v: (order.get(v.method, 2), v))
+
+    @property
+    def jobs(self) -> int:
+        if self.preset.jobs:
+            return self.preset.jobs
+        return 1 if self.device != "cpu" else min(2, os.cpu_count() or 1)
+
+    def _run(self, tasks: list[tuple[str, str, tuple]]) -> None:
+        if not tasks:
+            return
+        from tqdm.auto import tqdm
+
+        bar = tqdm(total=len(tasks), disable=not self.progress, file=sys.stdout, leave=True)
+        with bar:
+            if self.jobs == 1 or len(tasks) == 1:
+                for what, method, arguments in tasks:
+                    bar.set_description(f"{what} {_name(arguments)}")
+                    _work(self.preset, method, arguments, self)
+                    bar.update()
+                return
+            with ProcessPoolExecutor(self.jobs, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+                futures = {
+                    pool.submit(_work, self.preset, method, arguments): (what, arguments)
+                    for what, method, arguments in tasks
+                }
+                try:
+                    for future in as_completed(futures):
+                        future.result()
+                        what, arguments = futures[future]
+                        bar.set_description(f"{what} {_name(arguments)}")
+                        bar.update()
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+
+
+def _one_thread() -> None:
+    """Processes share the cores: each keeps to one thread, or they slow each other down many times over."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+
+
+_studies: dict[str, Study] = {}
+
+
+def _work(preset: Preset, method: str, arguments: tuple, study: Study | None = None) -> None:
+    if study is None:
+        key = repr(preset)
+        study = _studies.setdefault(key, Study(preset, progress=False))
+    getattr(study, method)(*arguments)
+
+
+def _name(arguments) -> str:
+    first = arguments[0]
+    return first.label if isinstance(first, Variant) else " ".join(map(str, arguments))
+
+
+def _existing(path: str) -> Path | None:
+    """The local file or folder that a parameter names, from the working directory or the project's folder."""
+    for candidate in (Path(path).expanduser(), Path(presets.place(path))):
+        if candidate.exists():
+            return candidate.absolute()
+    looks_local = path.startswith((".", "/", "~")) or path.endswith((".jsonl", ".json", ".csv", ".parquet"))
+    if looks_local:
+        raise PreferenceError(
+            f"{path} does not exist, neither from the working directory nor from the project's folder"
+        )
+    return None
+
+
+def _true_utility(prompts, responses) -> np.ndarray:
+    return tinyworld.score(list(prompts), list(responses)).utility.to_numpy()
+
+
+def open(preset: str = "tiny", *, progress: bool = True, **overrides) -> Study:
+    """A study by the name of its preset, any field overridden: ``study.open("tiny", seeds=[0])``."""
+    return Study(presets.resolve(preset, **overrides), progress=progress)
+
+
+def from_notebook(names: dict) -> Study:
+    """The study that a notebook's parameters describe; call it right after them (see ``presets.from_notebook``)."""
+    return Study(presets.from_notebook(names))
