@@ -78,31 +78,32 @@ def test_planted_direction_is_found_at_its_layer_and_only_there():
 def test_a_layer_without_difference_is_exactly_chance(planted, protocol):
     rejected = planted.rejected.copy()
     rejected[:, 0] = planted.chosen[:, 0]
-    row = probes.fit_layers(planted.chosen, rejected, GROUPS, protocol=protocol, bootstrap=50).iloc[0]
-    assert [row.accuracy, row.auroc, row.auroc_low, row.auroc_high, row.auprc, row.coef_norm] == [0.5] * 5 + [0]
+    for seed in range(3):
+        row = probes.fit_layers(planted.chosen, rejected, GROUPS, protocol=protocol, bootstrap=50, seed=seed).iloc[0]
+        assert [row.accuracy, row.auroc, row.auroc_low, row.auroc_high, row.auprc, row.coef_norm] == [0.5] * 5 + [0]
 
 
 # --- Agreement with scikit-learn ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("n", "d"), [(400, 48), (120, 300)])
+@pytest.mark.parametrize(("n", "d"), [(400, 48), (120, 300), (30, 6)])
 def test_published_agrees_with_scikit_learn(n, d):
     pairs = correlated_pairs(n, d)
     x = (pairs.chosen - pairs.rejected)[:, 0].astype(np.float64)
     rows, y = np.vstack([x, -x]), np.repeat([1, 0], n)
     folds = StratifiedKFold(5, shuffle=True, random_state=42)
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, class_weight="balanced", max_iter=5000))
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, class_weight="balanced", max_iter=5000, tol=1e-8))
     p = cross_val_predict(model, rows, y, cv=folds, method="predict_proba")[:, 1]
     norms = [np.linalg.norm(model.fit(rows[i], y[i])[-1].coef_) for i, _ in folds.split(rows, y)]
 
     result = probes.out_of_fold(*pairs, np.arange(n), protocol="published")
     table = probes.fit_layers(*pairs, np.arange(n), protocol="published", bootstrap=0).iloc[0]
-    np.testing.assert_allclose(result.probabilities[0], p, atol=0.02)
+    np.testing.assert_allclose(result.probabilities[0], p, atol=0.005)
     assert table.auroc == pytest.approx(roc_auc_score(y, p), abs=0.005)
     assert table.auprc == pytest.approx(average_precision_score(y, p), abs=0.005)
     assert table.accuracy == pytest.approx(((p > 0.5) == y).mean(), abs=0.005)
     assert table.f1 == pytest.approx(f1_score(y, p > 0.5), abs=0.005)
-    assert table.coef_norm == pytest.approx(np.mean(norms), rel=0.01)
+    assert table.coef_norm == pytest.approx(np.mean(norms), rel=0.001)
 
 
 def sklearn_grouped(x, fold, held_out, penalty):
@@ -257,7 +258,8 @@ def test_transfer_between_identical_models_is_exactly_their_own(planted):
     own = probes.fit_layers(*planted, GROUPS, bootstrap=100)
     for column in ("auroc_base", "auroc_aligned", "auroc_base_to_aligned", "auroc_aligned_to_base"):
         np.testing.assert_array_equal(table[column], own.auroc)
-        np.testing.assert_array_equal(table[f"{column}_low"], own.auroc_low)
+        np.testing.assert_array_equal(table[f"{column}_low"], table.auroc_base_low)
+        np.testing.assert_allclose(table[f"{column}_low"], own.auroc_low, atol=1e-3)
     for column in ("difference", "gap_base_to_aligned", "gap_aligned_to_base"):
         assert (table[[column, f"{column}_low", f"{column}_high"]] == 0).all(axis=None)
 
@@ -327,7 +329,9 @@ def test_control_task_is_memorised_only_under_the_published_protocol():
     assert grouped.accuracy_control_low < 0.5 < grouped.accuracy_control_high
     assert published.accuracy_control_low > 0.6
     assert grouped.selectivity_low > 0.1 and grouped.selectivity > published.selectivity
-    assert grouped.accuracy == pytest.approx(probes.fit_layers(*pairs, np.arange(N), bootstrap=0).accuracy[0])
+    same = probes.fit_layers(*pairs, np.arange(N), bootstrap=300).iloc[0]
+    for column in ("accuracy", "accuracy_low", "accuracy_high"):
+        assert grouped[column] == pytest.approx(same[column], abs=1e-3)
 
 
 # --- Baselines ----------------------------------------------------------------------------------------------------

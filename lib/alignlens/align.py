@@ -87,7 +87,8 @@ class Recipe:
     max_length : tokens of prompt and response; longer pairs are left out and counted, never cut.
     response_tokens : longest sampled response.
     stop : "dose" ends at ``dose`` nats of mean KL per response, "last" at the last step.
-    check_every, check_prompts : how often, and on how many held-out prompts, dose and curves are measured.
+    check_every, check_prompts : how often (every step once a quarter of the target dose is reached), and on how many
+        held-out prompts, dose and curves are measured.
     options : arguments of the method's TRL config (``DEFAULTS`` lists ours).
     """
 
@@ -246,6 +247,7 @@ class Monitor(TrainerCallback):
             [ids[i] for i in range(n)] for ids in (heldout.prompt_ids, heldout.chosen_ids, heldout.rejected_ids)
         )
         self.rows, self.logged, self.trainer, self.stopped_by = [], {}, None, "last step"
+        self.next_check = recipe.check_every
 
     @property
     def policy(self) -> PeftModel:
@@ -264,9 +266,11 @@ class Monitor(TrainerCallback):
                     self.logged[name] = float(logs[key])
 
     def on_step_end(self, args, state, control, **_):
-        # PPO counts the step before this call, the other trainers as well.
-        if state.global_step % self.recipe.check_every == 0 or state.global_step >= self.recipe.steps:
+        if state.global_step >= min(self.next_check, self.recipe.steps):
             self.check(state.global_step)
+            # The dose grows many times over within a few steps: near the target, look after every step.
+            near = self.recipe.stop == "dose" and self.rows[-1]["kl"] > self.recipe.dose / 4
+            self.next_check = state.global_step + (1 if near else self.recipe.check_every)
 
     def check(self, step: int) -> None:
         policy = self.policy

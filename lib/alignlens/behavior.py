@@ -23,6 +23,7 @@ MEASURES = {
     "kl": "dose: KL to base per response (nats)",
     "win_rate": "win rate of samples against the base's (ties count half)",
     "score": "judge's score of samples",
+    "reward_gain": "reward model's gain over the base's samples",
     "length": "response length (tokens)",
     "distinct_1": "distinct words / words",
     "distinct_2": "distinct word pairs / word pairs",
@@ -138,6 +139,8 @@ def _per_pair(table: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
     )
     if "score" in table:
         out["win_rate"] = ((np.sign(table.score - base.score) + 1) / 2).where(table.score.notna())
+    if "reward" in table:
+        out["reward_gain"] = table.reward - base.reward
     extras = [c for c in ("score", "tone", "fillers", "on_topic", "correct", "fluent", "ended", "length") if c in table]
     return out.join(table[extras].astype(float))
 

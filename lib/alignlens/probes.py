@@ -155,7 +155,11 @@ def transfer(base, aligned, groups, *, folds=5, seed=0, bootstrap=1000) -> pd.Da
     for layer in range(plan.layers):
         x = {name: model[layer] for name, model in models.items()}
         probes = {name: _fit(_Problem(x[name]), plan) for name in x}
-        auroc = {(fitted, read): _metrics(probes[fitted], x[read], weights)["auroc"] for fitted in probes for read in x}
+        auroc = {
+            (fitted, read): _metrics(probes[fitted], x[read], weights, ["auroc"])["auroc"]
+            for fitted in probes
+            for read in x
+        }
         own_base, own_aligned = auroc["base", "base"], auroc["aligned", "aligned"]
         values = {
             "auroc_base": own_base,
@@ -445,7 +449,9 @@ class _Problem:
         residual = -0.5 * weights
         gradient = self._backward(residual, scale, signs)
         descent = self._precondition(gradient, ridge)
-        step, goal = -descent, _TOLERANCE**2 * (gradient**2).sum(0)
+        # A gradient that is only rounding error (no difference at this layer) must leave w at exactly zero.
+        size = (gradient**2).sum(0)
+        step, goal = np.where(size > 1e-24, -descent, 0), np.maximum(_TOLERANCE**2 * size, 1e-24)
         result, active = np.zeros_like(ridge), np.arange(columns)
 
         for _ in range(_MAX_ITERATIONS):
@@ -697,7 +703,7 @@ def _fit_layers(differences: _Differences, groups, protocol, folds, seed, bootst
 def _bootstrap_weights(group: np.ndarray, draws: int, seed: int) -> np.ndarray:
     """How often each pair occurs [1 + draws, pairs] when groups are redrawn; row 0 is the sample itself."""
     n_groups = group.max() + 1
-    drawn = np.random.default_rng([seed, draws]).integers(n_groups, size=(draws, n_groups))
+    drawn = np.random.default_rng([seed, 1]).integers(n_groups, size=(draws, n_groups))
     drawn += n_groups * np.arange(draws)[:, None]
     counts = np.bincount(drawn.ravel(), minlength=draws * n_groups).reshape(draws, n_groups)
     return np.vstack([np.ones(n_groups, np.float32), counts])[:, group].astype(np.float32)
@@ -713,20 +719,22 @@ def _with_intervals(values: dict[str, np.ndarray]) -> dict[str, float]:
     return out
 
 
-def _metrics(probe: _Fit, x, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """accuracy, auroc and auprc [replicates] of one probe's held-out scores on x, under pair weights."""
-    scores = probe.scores(x)
-    positive, negative = (side[:, 0] for side in scores)
-    blocks = np.array_split(weights, -(-weights.size // _BLOCK))
-    values = {
-        "accuracy": weights @ _hits(positive, negative) / weights.sum(1),
-        "auroc": np.concatenate([_auroc(positive, negative, w, w) for w in blocks]),
-        "auprc": np.concatenate([_average_precision(positive, negative, w) for w in blocks]),
+def _metrics(probe: _Fit, x, weights: np.ndarray, names=("accuracy", "auroc", "auprc")) -> dict[str, np.ndarray]:
+    """The named metrics [replicates] of one probe's held-out scores on x, under pair weights."""
+    positive, negative = (side[:, 0] for side in probe.scores(x))
+    hits = _hits(positive, negative)
+    compute = {
+        "accuracy": lambda w: w @ hits / w.sum(1),
+        "auroc": lambda w: _auroc(positive, negative, w, w),
+        "auprc": lambda w: _average_precision(positive, negative, w),
     }
+    blocks = np.array_split(weights, -(-weights.size // _BLOCK))
+    values = {name: np.concatenate([compute[name](w) for w in blocks]) for name in names}
     if probe.plan.protocol == "grouped" and len(weights) > 1:
-        slopes = np.stack([_slopes(positive)[name] for name in values], axis=1)
-        shift = (weights - 1) @ probe.influence(x, slopes)
-        values = {name: value + shift[:, k] for k, (name, value) in enumerate(values.items())}
+        slopes = _slopes(positive)
+        shift = (weights - 1) @ probe.influence(x, np.stack([slopes[name] for name in names], axis=1))
+        # A first-order shift may leave the range of the metric; the metric cannot.
+        values = {name: np.clip(value + shift[:, k], 0, 1) for k, (name, value) in enumerate(values.items())}
     return values
 
 
@@ -736,7 +744,7 @@ def _accuracies(probe: _Fit, x, weights: np.ndarray) -> np.ndarray:
     values = weights @ _hits(positive, negative) / weights.sum(1, keepdims=True)
     if probe.plan.protocol == "grouped" and len(weights) > 1:
         slopes = np.stack([_slopes(side)["accuracy"] for side in positive.T], axis=1)
-        values += (weights - 1) @ probe.influence(x, slopes)
+        values = np.clip(values + (weights - 1) @ probe.influence(x, slopes), 0, 1)
     return values
 
 

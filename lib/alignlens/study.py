@@ -24,7 +24,7 @@ from .presets import Preset
 from .store import Artifact, Store, content_hash
 
 # Raised by hand when the results of a stage change.
-VERSIONS = {"base": 1, "reward": 1, "variant": 1, "activations": 1, "behavior": 1, "probes": 1, "contrast": 1}
+VERSIONS = {"base": 1, "reward": 1, "variant": 1, "activations": 1, "behavior": 1, "probes": 1}
 
 
 @dataclass(frozen=True, order=True)
@@ -87,7 +87,7 @@ class Study:
 
     def seeds_of(self, family: str, method: str) -> tuple[int, ...]:
         """Seeds of a variant; a ready checkpoint has one."""
-        return (0,) if method == "base" or self._checkpoint(family, method) else self.preset.seeds
+        return (0,) if method == "base" or self.checkpoint(family, method) else self.preset.seeds
 
     @property
     def run_id(self) -> str:
@@ -221,7 +221,7 @@ class Study:
                 base = str(self.base(variant.family).path)
             return Source(str(_existing(base) or base), None, key)
         parent = self.source(Variant(variant.family, "base")).model
-        checkpoint = self._checkpoint(variant.family, variant.method)
+        checkpoint = self.checkpoint(variant.family, variant.method)
         if checkpoint:
             local = _existing(checkpoint)
             if local and (local / "adapter_config.json").exists():
@@ -230,7 +230,8 @@ class Study:
         made = self.variant(variant)
         return Source(parent, str(made.path), made.key)
 
-    def _checkpoint(self, family: str, method: str) -> str | None:
+    def checkpoint(self, family: str, method: str) -> str | None:
+        """The ready checkpoint of a variant (hub id or folder), if the preset names one."""
         if self.preset.variants == "train" or method == "base":
             return None
         found = self.preset.checkpoints.get(f"{family}:{method}") or self.preset.checkpoints.get(family)
@@ -344,9 +345,10 @@ class Study:
 
     def activations(self, variant: Variant):
         """Residual streams of the family's measured pairs: ``activations.Activations``."""
-        return self._read("activations", variant, self.measured(variant.family), "measured")
+        return self.read(variant, self.measured(variant.family), "measured")
 
-    def _read(self, stage, variant, pairs, what):
+    def read(self, variant: Variant, pairs: pd.DataFrame, what: str):
+        """Residual streams of any pairs; ``what`` names them in the store."""
         from . import activations
 
         p = self.preset
@@ -362,33 +364,44 @@ class Study:
             return {"pairs": len(found.prompt_id), "what": what}
 
         made = self.store.get(
-            stage,
+            "activations",
             f"{variant.label}-{what}",
             make,
             inputs={"model": self.source(variant).key, "pairs": content_hash(pairs[["prompt", "chosen", "rejected"]])},
             parameters={"position": p.position, "layers": layers, "max_length": p.max_length},
-            version=VERSIONS[stage],
+            version=VERSIONS["activations"],
         )
         return activations.Activations.load(made.path)
 
     def judge(self, family: str):
-        """Who scores samples: the tiny world's true utility, else the family's reward model."""
-        from . import behavior, models
+        """Who scores samples: the tiny world's true utility, else the family's reward model (seed 0).
 
-        if self.tiny_world:
-            return behavior.Judge(
-                "true utility", lambda p, r: tinyworld.score(p, r).rename(columns={"utility": "score"})
-            )
+        Where variants are trained against reward models, tiny-world samples also get that model's ``reward``.
+        """
+        from . import behavior
+
+        reward = self._reward_function(family) if self.needs_reward_model else None
+        if not self.tiny_world:
+            return behavior.Judge("reward model", lambda p, r: pd.DataFrame({"score": reward(p, r)}))
+
+        def score(prompts, responses):
+            table = tinyworld.score(prompts, responses).rename(columns={"utility": "score"})
+            return table.assign(reward=reward(prompts, responses)) if reward else table
+
+        return behavior.Judge("true utility", score)
+
+    def _reward_function(self, family: str):
+        from . import models
+
         base = self.source(Variant(family, "base")).model
         reward = models.load_reward(base, self.reward_model(family).path, device=self.device)
         format = self.format(family)
 
-        def score(prompts, responses):
+        def rewards(prompts, responses):
             ids = [format.encode(p, r or " ") for p, r in zip(prompts, responses, strict=True)]
-            values = models.rewards(reward, [p for p, _ in ids], [r for _, r in ids], pad_id=format.pad_id)
-            return pd.DataFrame({"score": values})
+            return models.rewards(reward, [p for p, _ in ids], [r for _, r in ids], pad_id=format.pad_id)
 
-        return behavior.Judge("reward model", score)
+        return rewards
 
     def behavior(self, variant: Variant) -> pd.DataFrame:
         """Log-probabilities and samples of one model on the measured pairs, one row a pair."""
@@ -396,7 +409,7 @@ class Study:
 
         p = self.preset
         pairs = self.measured(variant.family)
-        judged = self.tiny_world or bool(set(self.methods) & {"ppo", "grpo"})
+        judged = self.tiny_world or self.needs_reward_model
 
         def make(folder: Path) -> dict:
             source = self.source(variant)
@@ -411,7 +424,7 @@ class Study:
             return {}
 
         inputs = {"model": self.source(variant).key, "pairs": content_hash(pairs[["prompt", "chosen", "rejected"]])}
-        if judged and not self.tiny_world:
+        if self.needs_reward_model:
             inputs["judge"] = self._reward_key(variant.family, 0)
         parameters = {"sampled": p.sampled, "tokens": p.response_tokens, "seed": variant.seed, "max": p.max_length}
         made = self.store.get(
@@ -473,150 +486,15 @@ class Study:
         pairs = self.measured(variant.family)[["prompt", "chosen", "rejected"]]
         return content_hash([self.source(variant).key, content_hash(pairs), p.position, list(p.layers_measured)])
 
-    # --- tables over the whole study --------------------------------------------------------------------------------
-
-    def collect(self, make, variants=None) -> pd.DataFrame:
-        """Stack ``make(variant)`` tables over variants, with columns family, method and seed in front."""
-        out = []
-        for variant in variants or self.variants():
-            table = make(variant)
-            for i, name in enumerate(("family", "method", "seed")):
-                table.insert(i, name, getattr(variant, name))
-            out.append(table)
-        return pd.concat(out, ignore_index=True)
-
-    def probe_table(self, name: str, *, base: bool = True) -> pd.DataFrame:
-        """One probe table of all models, e.g. "grouped", with family, method, seed."""
-        return self.collect(lambda v: self.probes(v).table(f"{name}.parquet"), self.variants(base=base))
-
-    def behavior_table(self) -> pd.DataFrame:
-        """Behaviour of each variant over its seeds, against its base: family, method, measure, value, low, high."""
-        from . import behavior
-
-        out = []
-        for family in self.families:
-            base = self.behavior(Variant(family, "base"))
-            for method in ["base", *self.methods]:
-                tables = [self.behavior(Variant(family, method, s)) for s in self.seeds_of(family, method)]
-                table = behavior.compare(tables, base, bootstrap=self.preset.bootstrap)
-                out.append(table.assign(family=family, method=method))
-        return pd.concat(out, ignore_index=True)
-
-    def curves(self) -> pd.DataFrame:
-        """Training curves of all trained variants; checkpoints from elsewhere have none."""
-        trained = [v for v in self.variants(base=False) if not self._checkpoint(v.family, v.method)]
-        if not trained:
-            return pd.DataFrame(columns=["family", "method", "seed", "step", "kl"])
-        return self.collect(lambda v: self.variant(v).table("curves.parquet"), trained)
-
-    def doses(self) -> pd.DataFrame:
-        """How far each trained variant went: family, method, seed, steps, dose, dose_se, stopped_by."""
-        trained = [v for v in self.variants(base=False) if not self._checkpoint(v.family, v.method)]
-        names = ("steps", "dose", "dose_se", "stopped_by")
-        return pd.DataFrame(
-            [{**dataclasses.asdict(v), **{n: self.variant(v).extra[n] for n in names}} for v in trained]
-        )
-
-    def rewards(self) -> pd.DataFrame:
-        """Held-out accuracy of the reward models that ppo and grpo optimise: family, seed, accuracy, accuracy_se."""
-        if self.preset.reward != "model" or not {"ppo", "grpo"} & set(self.methods) or self.preset.variants == "load":
-            return pd.DataFrame(columns=["family", "seed", "accuracy", "accuracy_se"])
-        return pd.DataFrame(
-            [
-                {"family": f, "seed": s, **{n: self.reward_model(f, s).extra[n] for n in ("accuracy", "accuracy_se")}}
-                for f in self.families
-                for s in self.preset.seeds
-            ]
-        )
-
-    def baselines(self, family: str) -> pd.DataFrame:
-        """Grouped probes on what needs no depth: length, bag of tokens, the base's log-probability margin.
-
-        One row a baseline: baseline, auroc, auroc_low, auroc_high, accuracy.
-        """
-        from scipy.sparse import csr_array
-
-        from . import probes
-
-        pairs = self.measured(family)
-        encoded = self.format(family).encode_pairs(pairs)
-        base = self.behavior(Variant(family, "base"))
-
-        def bag(rows):
-            size = max(max(r) for r in [*encoded.chosen_ids, *encoded.rejected_ids]) + 1
-            columns = np.concatenate(rows)
-            starts = np.cumsum([0, *map(len, rows)])
-            return csr_array((np.ones(len(columns)), columns, starts), shape=(len(rows), size))
-
-        features = {
-            "length": ([len(r) for r in encoded.chosen_ids], [len(r) for r in encoded.rejected_ids]),
-            "bag of tokens": (bag(encoded.chosen_ids), bag(encoded.rejected_ids)),
-            "log-probability": (base.chosen_logprob.to_numpy(), base.rejected_logprob.to_numpy()),
-        }
-        rows = []
-        for name, (chosen, rejected) in features.items():
-            if isinstance(chosen, list):
-                chosen, rejected = np.asarray(chosen, float), np.asarray(rejected, float)
-            found = probes.fit_features(
-                chosen, rejected, pairs.prompt_id.to_numpy(), folds=self.preset.folds, bootstrap=self.preset.bootstrap
-            )
-            rows.append({"baseline": name, **found[["auroc", "auroc_low", "auroc_high", "accuracy"]]})
-        return pd.DataFrame(rows)
-
-    def contrast_sets(self, family: str) -> dict[str, pd.DataFrame]:
-        """Three sets of pairs on held-out prompts, for reading one and the same unaligned base.
-
-        "paired" one pair a prompt; "repeated answers" several rejected answers against one chosen, so chosen rows
-        repeat; "few pairs" fewer pairs than the model has dimensions. Pairs from a file give the second only if its
-        prompts repeat.
-        """
-        p = self.preset
-        pairs = self.measured(family)
-        width = self.width(family)
-        sets = {"paired": pairs.drop_duplicates("prompt_id").reset_index(drop=True)}
-        if self.tiny_world:
-            many = preferences.load_pairs(
-                tinyworld.pairs(p.prompts, rejected=4, seed=1, length_bias=p.length_bias, label_noise=p.label_noise)
-            )
-            many = many[many.prompt.isin(set(pairs.prompt))]
-        else:
-            many = pairs[pairs.prompt_id.duplicated(keep=False)]
-        if many.prompt_id.nunique() >= p.folds:
-            sets["repeated answers"] = many.iloc[: len(pairs)].reset_index(drop=True)
-        few = int(min(len(sets["paired"]), 0.75 * width))
-        sets["few pairs"] = sets["paired"].iloc[:few].reset_index(drop=True)
-        return sets
-
-    def width(self, family: str) -> int:
-        from . import models
-
-        return models.describe(self.source(Variant(family, "base")).model)["d_model"]
-
-    def contrast(self, family: str) -> pd.DataFrame:
-        """The base read on each contrast set under both protocols: set, protocol, n_pairs, layer, auroc, low, high,
-        and the share of rows whose mirror was in training (leaked) with the AUROC of those and of the others."""
-        from . import probes
-
-        variant = Variant(family, "base")
-        out = []
-        for name, pairs in self.contrast_sets(family).items():
-            found = self._read("contrast", variant, pairs, name)
-            sides = (found.chosen, found.rejected, found.prompt_id)
-            for protocol in ("grouped", "published"):
-                table = probes.fit_layers(
-                    *sides, protocol=protocol, folds=self.preset.folds, bootstrap=self.preset.bootstrap
-                )
-                scores = probes.out_of_fold(*sides, protocol=protocol, folds=self.preset.folds)
-                leaks = [
-                    probes.leak_check(scores.labels, s, scores.fold_ids, scores.pair_ids, bootstrap=0)
-                    for s in scores.scores
-                ]
-                table["layer"] = found.layers
-                table["auroc_leaked"] = [leak["auroc_leaked"] for leak in leaks]
-                table["auroc_clean"] = [leak["auroc_clean"] for leak in leaks]
-                floor = probes.noise_floor(len(pairs), found.chosen.shape[-1], protocol=protocol)
-                out.append(table.assign(family=family, set=name, protocol=protocol, pairs=len(pairs), floor=floor))
-        return pd.concat(out, ignore_index=True)
+    def ship(self, folder: str | Path) -> int:
+        """Copy all bases, reward models and variants of this study into a store to ship; returns how many."""
+        made = [self.base(f) for f in self.families if self.preset.families[f].startswith("tiny:")]
+        if self.needs_reward_model:
+            made += [self.reward_model(f, s) for f in self.families for s in self.preset.seeds]
+        made += [self.variant(v) for v in self._slowest_first()]
+        for artifact in made:
+            store.ship(artifact, presets.place(str(folder)))
+        return len(made)
 
     # --- making many at once ----------------------------------------------------------------------------------------
 
@@ -634,8 +512,7 @@ class Study:
             "behavior": [("behavior", "behavior", (v,)) for v in self.variants()],
             "probes": [("activations and probes", "probes", (v,)) for v in self.variants()],
         }
-        online = {"ppo", "grpo"} & set(self.methods) and p.reward == "model" and p.variants != "load"
-        if online and "variants" in stages:
+        if self.needs_reward_model and "variants" in stages:
             self._run([("reward model", "reward_model", (f, s)) for f in self.families for s in p.seeds])
         for stage in stages:
             if stage not in wanted:
@@ -645,9 +522,21 @@ class Study:
                 self._run(tasks[:0] + [t for t in tasks if t[2][0].method == "base"])
             self._run(tasks)
 
+    @property
+    def needs_reward_model(self) -> bool:
+        """Whether a variant of this study is trained against a reward model."""
+        online = {"ppo", "grpo"} & {v.method for v in self.variants() if not self.checkpoint(v.family, v.method)}
+        return bool(online) and self.preset.reward == "model" and self.preset.variants != "load"
+
+    def width(self, family: str) -> int:
+        """Dimensions of a family's residual stream."""
+        from . import models
+
+        return models.describe(self.source(Variant(family, "base")).model)["d_model"]
+
     def _slowest_first(self):
         order = {"ppo": 0, "grpo": 1}
-        trained = [v for v in self.variants(base=False) if not self._checkpoint(v.family, v.method)]
+        trained = [v for v in self.variants(base=False) if not self.checkpoint(v.family, v.method)]
         return sorted(trained, key=lambda v: (order.get(v.method, 2), v))
 
     @property
@@ -687,11 +576,11 @@ class Study:
 
 def _one_thread() -> None:
     """Processes share the cores: each keeps to one thread, or they slow each other down many times over."""
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = "1"
     import torch
+    from threadpoolctl import threadpool_limits
 
     torch.set_num_threads(1)
+    threadpool_limits(1)
 
 
 _studies: dict[str, Study] = {}

@@ -1,0 +1,106 @@
+"""The notebooks run end to end on the smoke preset, as a reader would run them, and refuse what they should."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAPERMILL = [sys.executable, "-m", "papermill"]
+FIGURES = """
+pretraining pairs training_curves behaviour factors protocol_matters data_matters layer_metrics_grouped
+layer_metrics_published coefficient_norms best_layer_histograms best_layer_roc best_layer_pca baselines
+transfer_matrix transfer_gaps
+""".split()
+TABLES = "bases splits doses objectives noise_floors best_layers selectivity changes".split()
+
+pytestmark = pytest.mark.notebook
+
+
+def papermill(notebook, out, *parameters):
+    words = [str(ROOT / "notebooks" / f"{notebook}.ipynb"), str(out), *map(str, parameters), "--no-progress-bar"]
+    return subprocess.run([*PAPERMILL, *words], cwd=ROOT, capture_output=True, text=True, timeout=900)
+
+
+@pytest.fixture(scope="module")
+def executed(smoke_store, tmp_path_factory):
+    """The one command, on the smoke preset."""
+    figures = tmp_path_factory.mktemp("figures")
+    out = figures / "study.ipynb"
+    done = papermill("study", out, "-p", "preset", "smoke", "-p", "store", smoke_store, "-p", "figures", figures)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return figures / "smoke"
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_is_there_with_its_table(executed, name):
+    assert (executed / f"{name}.png").stat().st_size > 5000
+    assert (executed / f"{name}.svg").read_text().startswith("<?xml")
+    assert len(pd.read_csv(executed / f"{name}.csv")) > 0
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_table_is_there(executed, name):
+    assert len(pd.read_csv(executed / f"{name}.csv")) > 0
+
+
+def test_nothing_else_is_left_behind(executed):
+    left = [
+        p.name for p in executed.iterdir() if p.suffix not in {".png", ".svg", ".csv", ".ipynb"} or "failed" in p.name
+    ]
+    assert not left
+
+
+def test_executed_notebooks_are_clean(executed):
+    copies = sorted(executed.glob("0*.ipynb"))
+    assert [p.stem for p in copies] == ["00_bases", "01_preferences", "02_alignment", "03_probes"]
+    for path in copies:
+        for cell in nbformat.read(path, as_version=4).cells:
+            for output in cell.get("outputs", []):
+                assert output.output_type != "error"
+                noise = output.get("text", "") if output.get("name") == "stderr" else ""
+                assert not noise, f"{path.stem} printed to stderr: {noise[:300]}"
+
+
+def test_the_smoke_run_finds_what_it_must(executed):
+    """Known answers that hold at any size: the base against itself, folds without leaks, published folds with them."""
+    behaviour = pd.read_csv(executed / "behaviour.csv").set_index(["method", "measure"]).value
+    assert behaviour["base", "kl"] == 0 < behaviour["dpo", "kl"]
+    floors = pd.read_csv(executed / "noise_floors.csv").set_index("protocol").floor
+    assert floors["published"] > 0.75 > floors["grouped"]
+    contrast = pd.read_csv(executed / "data_matters.csv")
+    assert contrast[contrast.protocol == "grouped"].auroc_leaked.isna().all()
+    assert contrast[contrast.protocol == "published"].auroc_leaked.mean() > 0.85
+
+
+def test_a_mistyped_parameter_stops_the_run(tmp_path):
+    done = papermill("study", tmp_path / "out.ipynb", "-p", "preset", "smoke", "-p", "sedes", "1")
+    assert done.returncode != 0
+    assert "'sedes' is unknown; did you mean 'seeds'?" in done.stderr
+
+
+def test_a_failing_notebook_stops_the_study_and_says_where(tmp_path, smoke_store):
+    done = papermill(
+        "study", tmp_path / "out.ipynb", "-p", "preset", "smoke", "-p", "store", smoke_store, "-p", "figures", tmp_path,
+        "-p", "measured", "3",
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "prompts cannot fill 5 folds" in done.stderr
+    assert "failed.ipynb" in done.stderr
+    assert not (tmp_path / "smoke" / "00_bases.ipynb").exists()
+
+
+def test_a_notebook_runs_alone_from_its_own_folder(tmp_path, smoke_store, executed):
+    """As in JupyterLab, whose kernels start in the notebook's folder."""
+    words = ["03_probes.ipynb", str(tmp_path / "out.ipynb"), "-p", "preset", "smoke", "-p", "store", str(smoke_store)]
+    words += ["-p", "figures", str(tmp_path), "--no-progress-bar"]
+    done = subprocess.run(
+        [*PAPERMILL, *words], cwd=ROOT / "notebooks", capture_output=True, text=True, timeout=600, env=os.environ.copy()
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    again, before = (pd.read_csv(p / "layer_metrics_grouped.csv") for p in (tmp_path / "smoke", executed))
+    pd.testing.assert_frame_equal(again, before)

@@ -1,0 +1,203 @@
+"""The front door: keys, reuse, splits, checkpoints from elsewhere, and what is shipped."""
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from alignlens import presets, store, study, tables, tinyworld
+from alignlens.errors import AlignError, PreferenceError, PresetError
+from alignlens.study import Study, Variant
+
+SMOKE = Variant("llama", "dpo", 0)
+
+
+@pytest.fixture(scope="module")
+def smoke(smoke_store):
+    return study.open("smoke", store=str(smoke_store), jobs=1, progress=False)
+
+
+def test_nothing_measured_was_trained_on(smoke):
+    splits = {name: set(smoke.split(name).prompt_id) for name in ("train", "reward", "measure")}
+    assert not splits["train"] & splits["measure"]
+    assert not splits["reward"] & splits["measure"]
+    assert set(smoke.measured("llama").prompt_id) <= splits["measure"]
+    text = tinyworld.corpus(5000, exclude=smoke.split("measure").prompt)
+    assert not set(text.prompt) & set(smoke.split("measure").prompt)
+
+
+def test_a_result_is_made_once_and_found_again(smoke, smoke_store):
+    first = smoke.variant(SMOKE)
+    again = study.open("smoke", store=str(smoke_store), progress=False).variant(SMOKE)
+    assert first.path == again.path
+    assert first.manifest["created"] == again.manifest["created"]
+
+
+def test_keys_follow_what_a_stage_depends_on(smoke, tmp_path):
+    def keys(**changes):
+        other = study.open("smoke", store=str(tmp_path), progress=False, **changes)
+        return other._base_key("llama"), other._reward_key("llama", 0), other._split_keys["train"]
+
+    base, reward, train = keys()
+    assert keys() == (base, reward, train)
+    assert keys(steps=21) == (base, reward, train), "the methods' steps do not touch the base or the reward model"
+    assert keys(reward_steps=21)[0] == base
+    assert keys(reward_steps=21)[1] != reward
+    assert keys(pretrain_steps=251)[0] != base
+    assert keys(split_seed=1)[2] != train
+
+
+def test_run_id_names_results_not_places(tmp_path):
+    here = study.open("smoke", store=str(tmp_path), progress=False)
+    assert here.run_id == study.open("smoke", store=str(tmp_path), jobs=2, figures="elsewhere").run_id
+    assert here.run_id != study.open("smoke", store=str(tmp_path), steps=19).run_id
+
+
+def test_load_never_trains(tmp_path, smoke_store):
+    loading = study.open("smoke", store=str(smoke_store), variants="load", seeds=[7], progress=False)
+    with pytest.raises(AlignError, match=r"llama-dpo-seed7 is neither stored nor given as a checkpoint"):
+        loading.variant(Variant("llama", "dpo", 7))
+
+
+def test_pairs_and_base_from_local_files_and_a_ready_adapter(smoke, tmp_path):
+    """What a user brings: a folder with a base, a file with pairs, an adapter trained elsewhere."""
+    base = tmp_path / "base"
+    shutil.copytree(smoke.base("llama").path, base)
+    adapter = tmp_path / "adapter"
+    shutil.copytree(smoke.variant(SMOKE).path, adapter)
+    rows = smoke.pairs[["prompt", "chosen", "rejected"]].to_dict("records")
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    mine = study.open(
+        "smoke", families={"mine": str(base)}, pairs=str(tmp_path / "pairs.jsonl"), methods=["dpo"], controls=[],
+        checkpoints={"mine:dpo": str(adapter)}, variants="load", store=str(tmp_path / "store"), progress=False,
+    )  # fmt: skip
+    assert mine.split_hash == smoke.split_hash
+    theirs, ours = mine.activations(Variant("mine", "dpo")), smoke.activations(SMOKE)
+    np.testing.assert_allclose(theirs.difference, ours.difference, atol=1e-5)
+    table = tables.behaviour(mine).set_index(["method", "measure"]).value
+    assert table["base", "margin"] == 0
+    assert table["dpo", "kl"] > 0
+    assert "score" not in table["dpo"].index, "no judge: nothing is trained against a reward, so none is invented"
+
+
+def test_a_merged_checkpoint_gives_what_its_adapter_gives(smoke, tmp_path):
+    model, tokenizer = smoke.load(SMOKE)
+    merged = tmp_path / "merged"
+    model.save_pretrained(merged)
+    tokenizer.save_pretrained(merged)
+    other = study.open(
+        "smoke", checkpoints={"llama:dpo": str(merged)}, variants="auto", methods=["dpo"], controls=[],
+        store=str(smoke.store.root), progress=False,
+    )  # fmt: skip
+    one, two = (s.behavior(SMOKE) for s in (smoke, other))
+    np.testing.assert_allclose(one.chosen_logprob, two.chosen_logprob, atol=1e-3)
+    np.testing.assert_allclose(one.kl.dropna(), two.kl.dropna(), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "changes, error, words",
+    [
+        ({"pairs": "missing.jsonl"}, PreferenceError, "missing.jsonl does not exist"),
+        ({"families": {"x": "./no/such/model"}}, PreferenceError, "no/such/model does not exist"),
+        ({"prompts": 9999}, PresetError, "4800 distinct"),
+    ],
+)
+def test_bad_input_is_refused_with_a_reason(changes, error, words, tmp_path):
+    with pytest.raises(error, match=words):
+        study.open("smoke", store=str(tmp_path), progress=False, **changes).run_id  # noqa: B018
+
+
+def test_too_few_prompts_for_the_folds(tmp_path, smoke):
+    few = study.open("smoke", store=str(smoke.store.root), measured=3, progress=False)
+    with pytest.raises(PreferenceError, match="3 prompts cannot fill 5 folds"):
+        few.measured("llama")
+
+
+def test_base_against_itself_shows_nothing(smoke):
+    table = tables.behaviour(smoke)
+    base = table[table.method == "base"].set_index("measure")
+    assert (base.loc[["margin", "chosen_shift", "rejected_shift", "kl"], ["value", "low", "high"]] == 0).all(axis=None)
+    assert base.value["win_rate"] == 0.5
+
+
+def test_contrast_sets_are_what_they_say(smoke):
+    sets = tables.contrast_sets(smoke, "llama")
+    assert not sets["paired"].prompt_id.duplicated().any()
+    assert sets["repeated answers"].chosen.duplicated().mean() > 0.5
+    assert len(sets["few pairs"]) < smoke.width("llama")
+
+
+def test_over_seeds_keeps_the_error_that_seeds_share():
+    from alignlens.figures import over_seeds
+
+    one = pd.DataFrame({"family": "f", "method": "m", "layer": 0, "seed": range(3), "auroc": 0.7})
+    table = one.assign(auroc_low=0.6, auroc_high=0.8)
+    row = over_seeds(table, ["auroc"]).iloc[0]
+    assert np.isclose(row.auroc_high - row.auroc_low, 0.2), "three seeds on the same prompts are no three samples"
+    spread = over_seeds(table.assign(auroc=[0.6, 0.7, 0.8]), ["auroc"]).iloc[0]
+    assert spread.auroc_high - spread.auroc_low > 0.2
+
+
+def test_changes_are_counted_with_and_without_correction():
+    rows = [
+        {
+            "family": "f",
+            "method": m,
+            "layer": i,
+            "difference": d,
+            "difference_low": d - 0.02,
+            "difference_high": d + 0.02,
+        }
+        for m, values in {"moved": [0.1, 0.09, 0.0], "still": [0.0, 0.021, 0.001]}.items()
+        for i, d in enumerate(values)
+    ]
+    found = tables.changes(pd.DataFrame(rows)).set_index("method")
+    assert found.layers_with_change.to_dict() == {"moved": 2, "still": 1}
+    assert found.after_correction.to_dict() == {"moved": 2, "still": 0}
+    assert found.at_layer["moved"] == 0
+
+
+def test_objectives_need_an_interval_that_excludes_no_change():
+    rows = [
+        ("dpo", "accuracy", 0.7, 0.6, 0.8),
+        ("kto", "accuracy", 0.52, 0.45, 0.6),
+        ("orpo", "accuracy", 0.4, 0.3, 0.45),
+        ("ppo", "reward_gain", 1.0, 0.5, 1.5),
+    ]
+    table = pd.DataFrame(rows, columns=["method", "measure", "value", "low", "high"]).assign(family="f")
+    verdicts = tables.objectives(table).set_index("method").moved.to_dict()
+    assert verdicts == {"dpo": "moved", "kto": "no change", "orpo": "moved back", "ppo": "moved"}
+
+
+# --- what is shipped --------------------------------------------------------------------------------------------------
+
+
+def test_all_tiny_variants_are_shipped_and_intact():
+    """Today's code asks for exactly the artifacts that lie in data/tiny: nothing is trained on a reader's machine."""
+    tiny = Study(presets.resolve("tiny", variants="load"), progress=False)
+    assert tiny.store.shipped
+    shipped = tiny.store.shipped[0]
+    for family in tiny.families:
+        base = tiny.store.find("base", **tiny._base_identity(family))
+        assert base is not None and shipped in base.path.parents, family
+        assert base.extra["loss"] < 1
+    for variant in tiny.variants(base=False):
+        artifact = tiny.variant(variant)
+        assert shipped in artifact.path.parents, variant.label
+        assert set(artifact.manifest["files"]) == {"adapter_config.json", "adapter_model.safetensors", "curves.parquet"}
+    assert tables.doses(tiny).dose.gt(0).all()
+
+
+def test_a_damaged_shipped_artifact_is_reported(tmp_path):
+    source = next((presets.home() / "data" / "tiny" / "variant").glob("llama-dpo-seed0-*"))
+    copy = tmp_path / "shipped" / "variant" / source.name
+    shutil.copytree(source, copy)
+    weights = copy / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    damaged = store.Store(tmp_path / "own", tmp_path / "shipped")
+    with pytest.warns(store.DamagedArtifact, match="llama-dpo-seed0"):
+        found = damaged.find("variant", **{n: manifest[n] for n in ("inputs", "parameters", "version")})
+    assert found is None
