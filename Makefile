@@ -2,6 +2,8 @@
 PYTHON ?= python3.11
 PRESET ?= tiny
 BIN := .venv/bin
+# Small matrices: several threads a process only get in each other's way.
+export OMP_NUM_THREADS ?= 1
 
 .PHONY: figures test slow bench lint clean
 

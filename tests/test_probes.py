@@ -276,6 +276,10 @@ def test_transfer_sees_a_stronger_model_as_a_difference(planted):
     stronger, _ = nulls.planted_pairs(N, LAYERS, D, layer=PLANTED, strength=2 * STRENGTH, seed=3)
     table = probes.transfer(planted.chosen - planted.rejected, stronger, GROUPS, bootstrap=300)
     assert table.difference_low[PLANTED] > 0.05
+    np.testing.assert_allclose(table.gap_base_to_aligned, table.auroc_aligned - table.auroc_base_to_aligned)
+    np.testing.assert_allclose(table.gap_aligned_to_base, table.auroc_base - table.auroc_aligned_to_base)
+    # At the planted layer either probe reads the stronger model better: the two directions are not confused.
+    assert table.auroc_base_to_aligned[PLANTED] > table.auroc_aligned_to_base[PLANTED] + 0.05
     assert (table.difference.drop(index=PLANTED) == 0).all()
 
 
@@ -309,6 +313,14 @@ def test_permuted_sign_null(planted):
     assert null.auroc_low[0] < table.auroc[0] < null.auroc_high[0]
     published = probes.permuted_sign_null(*planted, GROUPS, protocol="published", permutations=60)
     assert (published.auroc_mean > 0.55).all()
+
+
+def test_null_tosses_one_coin_per_group(planted):
+    """Copies that share a group add nothing to the null; a coin for each would make its band too narrow."""
+    copies = [np.tile(a, (4, 1, 1)) for a in planted]
+    null = probes.permuted_sign_null(*copies, np.tile(np.arange(N), 4), permutations=20)
+    once = probes.permuted_sign_null(*planted, np.arange(N), permutations=20)
+    np.testing.assert_allclose(null, once, atol=1e-3)
 
 
 def test_null_is_the_same_in_blocks(planted, monkeypatch):

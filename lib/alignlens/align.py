@@ -12,11 +12,11 @@ chosen and rejected answers.
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import math
 import os
 import tempfile
-import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,9 +24,10 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from datasets.utils import logging as datasets_logging
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, TrainerCallback
-from transformers.utils import logging as transformers_logging
+from transformers.trainer_callback import PrinterCallback
 
 from . import models
 from .errors import AlignError
@@ -37,6 +38,15 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 METHODS = ("ppo", "dpo", "simpo", "orpo", "grpo", "kto")
 CONTROLS = ("sft", "shuffled")
 ONLINE = ("ppo", "grpo")  # those that sample and need a reward
+
+# The attention projections that carry the adapter: the first set that a model has.
+TARGETS = (
+    ("q_proj", "k_proj", "v_proj", "o_proj"),  # Llama, Qwen, SmolLM, Mistral, Gemma
+    ("q_proj", "k_proj", "v_proj", "out_proj"),  # OPT, GPT-Neo
+    ("qkv_proj", "o_proj"),  # Phi-3
+    ("query_key_value", "dense"),  # GPT-NeoX, Falcon, Bloom
+    ("c_attn",),  # GPT-2, whose output projection shares its name with one of the feed-forward block
+)
 
 # What arXiv 2606.09850 trained with. It has no ORPO recipe in any file, so there is none here either.
 PUBLISHED = {
@@ -69,7 +79,7 @@ DEFAULTS = {
     "ppo": {"kl_coef": 0.02, "num_ppo_epochs": 2, "missing_eos_penalty": 1.0},
     "dpo": {"beta": 0.1},
     "simpo": {"beta": 2.0, "simpo_gamma": 1.0},
-    "orpo": {"beta": 0.1},
+    "orpo": {"beta": 1.0},
     "grpo": {"beta": 0.0, "num_generations": 8},
     "kto": {"beta": 0.1},
     "sft": {},
@@ -87,7 +97,7 @@ class Recipe:
     max_length : tokens of prompt and response; longer pairs are left out and counted, never cut.
     response_tokens : longest sampled response.
     stop : "dose" ends at ``dose`` nats of mean KL per response, "last" at the last step.
-    check_every, check_prompts : how often (every step once a quarter of the target dose is reached), and on how many
+    check_every, check_prompts : how often (every other step from a quarter of the target dose on), and on how many
         held-out prompts, dose and curves are measured.
     options : arguments of the method's TRL config (``DEFAULTS`` lists ours).
     """
@@ -117,6 +127,18 @@ class Recipe:
         if self.steps < 1 or self.learning_rate <= 0:
             raise AlignError(
                 f"{self.method}: steps {self.steps} and learning_rate {self.learning_rate} must be positive"
+            )
+        least = 2 if self.method == "kto" else 1
+        micro = self.batch_size if self.micro_batch_size is None else self.micro_batch_size
+        if micro < least or self.batch_size % micro:
+            raise AlignError(
+                f"{self.method}: batch_size {self.batch_size} must be a multiple of micro_batch_size {micro}, "
+                f"and that at least {least}"
+            )
+        if self.dose <= 0 or min(self.check_every, self.check_prompts, self.response_tokens, self.lora_rank) < 1:
+            raise AlignError(
+                f"{self.method}: dose {self.dose}, check_every {self.check_every}, check_prompts {self.check_prompts}, "
+                f"response_tokens {self.response_tokens} and lora_rank {self.lora_rank} must be positive"
             )
         if self.method == "grpo" and self.batch_size % self.all_options["num_generations"]:
             raise AlignError(
@@ -264,31 +286,38 @@ class Monitor(TrainerCallback):
             for key in keys:
                 if logs and key in logs:
                     self.logged[name] = float(logs[key])
+        # Most trainers log a step after it was checked, PPO before: either way the values go to the step's own row.
+        if self.rows and self.rows[-1]["step"] == state.global_step:
+            self.rows[-1].update(self.logged)
+            self.logged = {}
 
     def on_step_end(self, args, state, control, **_):
         if state.global_step >= min(self.next_check, self.recipe.steps):
             self.check(state.global_step)
-            # The dose grows many times over within a few steps: near the target, look after every step.
+            # The dose doubles within a few steps: near the target, look after every other one.
             near = self.recipe.stop == "dose" and self.rows[-1]["kl"] > self.recipe.dose / 4
-            self.next_check = state.global_step + (1 if near else self.recipe.check_every)
+            self.next_check = state.global_step + (min(2, self.recipe.check_every) if near else self.recipe.check_every)
 
     def check(self, step: int) -> None:
         policy = self.policy
         training = policy.training
         policy.eval()
         pad = self.format.pad_id
+        chosen = models.response_logprobs(policy, self.prompts, self.chosen, pad_id=pad)
+        rejected = models.response_logprobs(policy, self.prompts, self.rejected, pad_id=pad)
+        if not (np.isfinite(chosen).all() and np.isfinite(rejected).all()):
+            raise self.diverged(step)
         sampled = models.sample(
             policy, self.prompts, end_id=self.format.end_id, pad_id=pad,
             max_new_tokens=self.recipe.response_tokens, seed=step,
         )  # fmt: skip
         kl = models.response_kl(policy, self.prompts, sampled, pad_id=pad)
-        chosen = models.response_logprobs(policy, self.prompts, self.chosen, pad_id=pad)
-        rejected = models.response_logprobs(policy, self.prompts, self.rejected, pad_id=pad)
         policy.train(training)
         if not self.rows:
             self.start = chosen - rejected
         row = {
             "step": step,
+            **dict.fromkeys(("loss", "reward", "margin"), np.nan),
             **self.logged,
             "kl": kl.mean(),
             "kl_se": kl.std() / math.sqrt(len(kl)),
@@ -299,16 +328,20 @@ class Monitor(TrainerCallback):
             "heldout_accuracy": (chosen - rejected > self.start).mean() if self.rows else 0.5,
         }
         self.rows.append(row)
+        self.logged = {}
         if self.progress:
             self.progress(step, self.recipe.steps, row["kl"])
-        if not np.isfinite(row["chosen_logprob"]) or not np.isfinite(row["kl"]):
-            raise AlignError(
-                f"{self.recipe.method}: training diverged at step {step} (log-probabilities are not finite); "
-                f"lower the learning rate, now {self.recipe.learning_rate}"
-            )
+        if not np.isfinite(row["kl"]):
+            raise self.diverged(step)
         if self.recipe.stop == "dose" and step and row["kl"] >= self.recipe.dose:
             self.stopped_by = "dose"
             raise _Stop
+
+    def diverged(self, step: int) -> AlignError:
+        return AlignError(
+            f"{self.recipe.method}: training diverged by step {step} (log-probabilities are not finite); "
+            f"lower the learning rate, now {self.recipe.learning_rate}"
+        )
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -317,16 +350,19 @@ class Monitor(TrainerCallback):
 @contextlib.contextmanager
 def _quietly():
     """Keep trainers' notes out of notebooks: they repeat for each of a hundred runs."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    for name in ("trl", "accelerate", "datasets"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
+    levels = {logging.getLogger(name): logging.getLogger(name).level for name in ("trl", "accelerate", "datasets")}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
+    bars = datasets_logging.is_progress_bar_enabled()
+    datasets_logging.disable_progress_bar()
+    try:
+        with models.quietly():
             yield
-        finally:
-            transformers_logging.set_verbosity(level)
+    finally:
+        if bars:
+            datasets_logging.enable_progress_bar()
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def _arguments(recipe: Recipe, workdir: str, device: str) -> dict:
@@ -352,12 +388,19 @@ def _arguments(recipe: Recipe, workdir: str, device: str) -> dict:
     }
 
 
-def _lora(recipe: Recipe, task: str) -> LoraConfig:
+def _lora(recipe: Recipe, task: str, model) -> LoraConfig:
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    targets = next((t for t in TARGETS if names.issuperset(t)), None)
+    if targets is None:
+        raise AlignError(
+            f"{recipe.method}: {model.config.model_type} has none of the attention projections that adapters go to; "
+            "add its own to align.TARGETS"
+        )
     return LoraConfig(
         r=recipe.lora_rank,
         lora_alpha=recipe.lora_alpha,
         lora_dropout=recipe.lora_dropout,
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        target_modules=list(targets),
         task_type=task,
     )
 
@@ -365,7 +408,7 @@ def _lora(recipe: Recipe, task: str) -> LoraConfig:
 def _trainer(recipe, model, tokenizer, format, encoded, prompts, reward, arguments):
     """The TRL trainer of one method over formatted rows; each takes the same adapter shape."""
     rng = np.random.default_rng(recipe.seed)
-    common = {"model": model, "processing_class": tokenizer, "peft_config": _lora(recipe, "CAUSAL_LM")}
+    common = {"model": model, "processing_class": tokenizer, "peft_config": _lora(recipe, "CAUSAL_LM", model)}
     if recipe.method in ("dpo", "shuffled"):
         from trl import DPOConfig, DPOTrainer
 
@@ -387,7 +430,7 @@ def _trainer(recipe, model, tokenizer, format, encoded, prompts, reward, argumen
         from trl import KTOConfig, KTOTrainer
 
         micro = arguments["per_device_train_batch_size"]
-        config = KTOConfig(**arguments, max_length=recipe.max_length)
+        config = KTOConfig(**arguments, max_length=None)  # a mismatched answer may be longer, and is not cut either
         rows = _kto_rows(encoded, micro, rng)
         return type("KTO", (_TokenIds, KTOTrainer), {})(args=config, train_dataset=rows, **common)
     if recipe.method == "sft":
@@ -423,6 +466,13 @@ def _trainer(recipe, model, tokenizer, format, encoded, prompts, reward, argumen
         return trainer(args=config, train_dataset=rows, reward_funcs=_grpo_reward(reward, format), **common)
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
+    prompts = list(dict.fromkeys(prompts))
+    if len(prompts) < recipe.batch_size:
+        raise AlignError(f"ppo: {len(prompts)} prompts do not fill one batch of {recipe.batch_size}; give more")
+    if format.pad_id == format.end_id:
+        raise AlignError("ppo: the tokenizer pads with its end token, and PPO masks padding by its id; add a pad token")
+    if model.dtype != torch.float32:  # PPO compares log-probabilities of two passes, so round them less
+        model.get_output_embeddings().register_forward_hook(lambda module, inputs, logits: logits.float())
     steps = arguments.pop("max_steps")
     config = PPOConfig(
         **arguments,
@@ -432,14 +482,16 @@ def _trainer(recipe, model, tokenizer, format, encoded, prompts, reward, argumen
         temperature=1.0,
         num_mini_batches=1,
         num_sample_generations=0,
-        local_rollout_forward_batch_size=recipe.batch_size,
+        local_rollout_forward_batch_size=arguments["per_device_train_batch_size"],
     )
-    rows = Dataset.from_dict({"input_ids": [format.prompt_ids(p) for p in dict.fromkeys(prompts)]})
-    judge, value = _ppo_models(reward, model, format, list(dict.fromkeys(prompts)))
-    return PPOTrainer(
+    rows = Dataset.from_dict({"input_ids": [format.prompt_ids(p) for p in prompts]})
+    judge, value = _ppo_models(recipe, reward, model, format, prompts)
+    trainer = PPOTrainer(
         args=config, ref_model=None, reward_model=judge, value_model=value, train_dataset=rows,
         data_collator=DataCollatorWithPadding(tokenizer), **common,
     )  # fmt: skip
+    trainer.accelerator.print = lambda *words: None
+    return trainer
 
 
 def _grpo_reward(reward, format):
@@ -452,16 +504,25 @@ def _grpo_reward(reward, format):
     return score
 
 
-def _ppo_models(reward, model, format, prompts):
-    """Reward and value model for PPO; the value model starts from the reward model where there is one."""
-    import copy
+def _ppo_models(recipe, reward, model, format, prompts):
+    """Reward and value model for PPO.
 
+    The value model is the reward model where there is one, else the base with an empty head, and learns through an
+    adapter of the policy's shape and through its head.
+    """
     if isinstance(reward, torch.nn.Module):
-        return reward, copy.deepcopy(reward)
-    value = AutoModelForSequenceClassification.from_config(model.config, num_labels=1).to(model.device)
-    getattr(value, value.base_model_prefix).load_state_dict(getattr(model, model.base_model_prefix).state_dict())
-    torch.nn.init.zeros_(value.score.weight)
-    return _TextReward(reward, format, prompts), value
+        judge, value = reward, copy.deepcopy(reward)
+    else:
+        judge = _TextReward(reward, format, prompts)
+        config = copy.deepcopy(model.config)
+        config.num_labels = 1
+        value = AutoModelForSequenceClassification.from_config(config).float().to(model.device)
+        getattr(value, value.base_model_prefix).load_state_dict(getattr(model, model.base_model_prefix).state_dict())
+        torch.nn.init.zeros_(value.score.weight)
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        inject_adapter_in_model(_lora(recipe, "SEQ_CLS", value), value)
+    value.score.requires_grad_(True)
+    return judge, value
 
 
 def train(
@@ -509,12 +570,16 @@ def train(
         trainer = _trainer(recipe, model, tokenizer, format, encoded, prompts, reward, arguments)
         trainer.add_callback(monitor)
         monitor.trainer = trainer
-        from transformers.trainer_callback import PrinterCallback
-
         trainer.remove_callback(PrinterCallback)
         monitor.check(0)
-        with contextlib.suppress(_Stop):
+        try:
             trainer.train()
+        except _Stop:
+            pass
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):  # what sampling from a broken policy says
+                raise
+            raise monitor.diverged(trainer.state.global_step) from error
         _save_adapter(monitor.policy, folder)
     curves = pd.DataFrame(monitor.rows)
     curves.to_parquet(Path(folder) / "curves.parquet")
@@ -555,7 +620,7 @@ def train_reward(
     train_rows, test_rows = format.encode_pairs(pairs[~test]), format.encode_pairs(pairs[test])
     torch.manual_seed(recipe.seed)
     with tempfile.TemporaryDirectory() as workdir, _quietly():
-        model = AutoModelForSequenceClassification.from_pretrained(str(base), num_labels=1, dtype=torch.float32)
+        model = models.score_model(base)
         model.config.pad_token_id = format.pad_id
         torch.nn.init.zeros_(model.score.weight)
         rows = Dataset.from_dict(
@@ -566,15 +631,13 @@ def train_reward(
                 for side in ("chosen", "rejected")
             }
         )
-        trainer = RewardTrainer(
+        trainer = type("Reward", (_TokenIds, RewardTrainer), {})(
             model=model,
             args=RewardConfig(**_arguments(recipe, workdir, device), max_length=recipe.max_length),
             train_dataset=rows,
             processing_class=tokenizer,
-            peft_config=_lora(recipe, "SEQ_CLS"),
+            peft_config=_lora(recipe, "SEQ_CLS", model),
         )
-        from transformers.trainer_callback import PrinterCallback
-
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         policy = trainer.accelerator.unwrap_model(trainer.model).eval()

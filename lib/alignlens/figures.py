@@ -116,7 +116,9 @@ def _families(table) -> list[str]:
 
 
 def _grid(rows: int, columns: int, width: float, height: float, **options):
-    return plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, **options)
+    """Panels of a size in inches, with room above for a legend; few panels are widened so that it fits."""
+    size = (max(7.0, width * columns), max(2.6, height * rows) + 0.45)
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, **options)
 
 
 def _legend(figure, methods, extra=(), columns: int | None = None) -> None:
@@ -125,7 +127,8 @@ def _legend(figure, methods, extra=(), columns: int | None = None) -> None:
         for m in _order(methods)
     ]
     handles += list(extra)
-    figure.legend(handles=handles, loc="outside upper center", ncols=columns or min(9, len(handles)))
+    fits = int(figure.get_figwidth() / 1.35)
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns or max(1, min(fits, len(handles))))
 
 
 def _line(axis, rows, x, y, method, band=True) -> None:
@@ -277,7 +280,7 @@ def layer_metrics(table: pd.DataFrame, null: pd.DataFrame, title: str):
             if i == len(families) - 1:
                 _integer_layers(axis)
     _legend(figure, table.method, [_null_handle()])
-    figure.suptitle(title, y=1.06, size=11)
+    figure.supylabel(title, size=9)
     return figure
 
 
@@ -486,7 +489,7 @@ def protocol_matters(table: pd.DataFrame, null: pd.DataFrame, floors: pd.DataFra
             _null_handle(color, f"{protocol}: labels permuted"),
             Line2D([], [], color=color, lw=1, ls=(0, (4, 3)), label=f"{protocol}: pure noise, same n and d"),
         ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=2)
+    figure.legend(handles=handles, loc="outside upper center", ncols=2, fontsize=8.5)
     return figure
 
 
@@ -516,5 +519,5 @@ def data_matters(table: pd.DataFrame):
         Line2D([], [], color="#333333", ls=shades[s], marker="o", ms=3.5, label=f"{s} ({counts[s]})") for s in sets
     ]
     handles.append(Line2D([], [], color="#8c8c8c", lw=1, label="pure noise, same n and d"))
-    figure.legend(handles=handles, loc="outside upper center", ncols=4)
+    figure.legend(handles=handles, loc="outside upper center", ncols=2, fontsize=8.5)
     return figure

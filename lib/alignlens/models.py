@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import nullcontext
+import warnings
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -29,6 +31,7 @@ from transformers import (
     Qwen3Config,
     SmolLM3Config,
 )
+from transformers.utils import logging as transformers_logging
 
 from .errors import ModelError
 from .preferences import Formatter, collate
@@ -41,6 +44,25 @@ TINY_TEMPLATE = (
     "{% else %}{{ raise_exception('only user and assistant turns') }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+
+@contextmanager
+def quietly():
+    """Keep notes, progress bars and load reports of Transformers out of notebooks; errors are raised as ever.
+
+    What a load report would say of missing weights is checked by ``load`` and ``load_reward`` instead.
+    """
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 # --- making a tiny base ---------------------------------------------------------------------------------------------
@@ -157,8 +179,9 @@ def pretrain(
             curve.append([step + 1, float(np.mean(recent[-max(1, steps // 50) :]))])
             if progress:
                 progress(step + 1, steps)
-    model.half().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with quietly():
+        model.half().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": steps,
@@ -201,11 +224,22 @@ def load(
     """
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source), **options)
-        model = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype, use_safetensors=True, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"model {str(source)!r} cannot be loaded: {_first_line(error)}. {_advice(source)}") from error
+    with quietly():
+        tokenizer = _try(AutoTokenizer, source, **options)
+        model, found = _try(
+            AutoModelForCausalLM, source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+    if found["missing_keys"]:
+        names = sorted(found["missing_keys"])
+        raise ModelError(
+            f"model {str(source)!r}: its files lack {len(names)} weights, {names[0]} first; they would be random. "
+            "Fetch or save the model again, with all of its files"
+        )
+    # Samples come from the unmodified distribution: drop the checkpoint's own temperature, top-k and penalties.
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+    )
     if adapter is not None:
         model = _with_adapter(model, adapter, merge)
     check(model, tokenizer, source)
@@ -215,33 +249,67 @@ def load(
 def load_reward(folder: str | Path, adapter: str | Path, *, device: str = "cpu"):
     """Load a reward model: a base with a trained score head, stored as an adapter that holds the head.
 
-    Raises ModelError when the adapter holds no score head: a fresh one would reward noise.
+    Raises ModelError when the adapter holds no score head (a fresh one would reward noise) or does not fit the base.
     """
-    from peft import PeftModel
-    from safetensors import safe_open
+    if not any("score" in name for name in _adapter_names(adapter)):
+        raise ModelError(
+            f"reward model {str(adapter)!r} holds no trained score head; a new one is random and rewards noise. "
+            "Train one on the reward split (align.train_reward) or choose another"
+        )
+    model = score_model(folder)
+    return _with_adapter(model, adapter, merge=True).to(device).eval()
 
-    with safe_open(Path(adapter) / "adapter_model.safetensors", "pt") as weights:
-        if not any("score" in name for name in weights.keys()):
-            raise ModelError(
-                f"reward model {str(adapter)!r} holds no trained score head; a new one is random and rewards noise. "
-                "Train one on the reward split (align.train_reward) or choose another"
-            )
-    model = AutoModelForSequenceClassification.from_pretrained(str(folder), num_labels=1, dtype=torch.float32)
-    model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    return model.to(device).eval()
+
+def score_model(source: str | Path) -> PreTrainedModel:
+    """A model in float32 with a new score head of one value, to be trained."""
+    with quietly():
+        return _try(AutoModelForSequenceClassification, source, num_labels=1, dtype=torch.float32, use_safetensors=True)
+
+
+def _try(kind, source, **options):
+    try:
+        return kind.from_pretrained(str(source), **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"model {str(source)!r} cannot be loaded: {_first_line(error)}. {_advice(source)}") from error
+
+
+def _adapter_names(adapter) -> list[str]:
+    """Names of the weights in a local adapter; hub ids give none."""
+    folder = Path(str(adapter))
+    if not folder.is_dir():
+        return []
+    try:
+        with safe_open(folder / "adapter_model.safetensors", "pt") as weights:
+            return list(weights.keys())
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"adapter {str(adapter)!r} cannot be read: {_first_line(error)}. The folder needs adapter_config.json and "
+            "adapter_model.safetensors; convert pickled weights first"
+        ) from error
 
 
 def _with_adapter(model, adapter, merge):
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
+    names = {name for name in _adapter_names(adapter) if "lora_" in name or "score" in name}
     try:
-        model = PeftModel.from_pretrained(model, str(adapter))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(
-            f"adapter {str(adapter)!r} does not fit the model: {_first_line(error)}. "
-            "Give the base that it was trained on (adapter_config.json names it)"
-        ) from error
+        with quietly():
+            model = PeftModel.from_pretrained(model, str(adapter))
+            fits = not names or names == {
+                name for name in get_peft_model_state_dict(model) if "lora_" in name or "score" in name
+            }
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        raise ModelError(_misfit(adapter, _first_line(error))) from error
+    if not fits:
+        raise ModelError(_misfit(adapter, "it has other weights than the model has places for"))
     return model.merge_and_unload() if merge else model
+
+
+def _misfit(adapter, why) -> str:
+    return (
+        f"adapter {str(adapter)!r} does not fit the model: {why}. "
+        "Give the base that it was trained on (its adapter_config.json or manifest names it)"
+    )
 
 
 def _first_line(error) -> str:
@@ -259,6 +327,8 @@ def _advice(source) -> str:
         if "adapter_config.json" in names and "config.json" not in names:
             return "It is an adapter: give its base as the model and this folder as the adapter"
         return "The folder needs config.json, safetensors weights and the tokenizer's files"
+    if str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
+        return "There is no such folder; check the path"
     return "Give a local folder, or a hub id that is public or that you are logged in for, with the hub in reach"
 
 
@@ -282,7 +352,7 @@ def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source="mo
 
 def describe(source: str | Path, *, trust_remote_code: bool = False) -> dict:
     """Architecture, depth and width of a model without loading its weights."""
-    config = AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+    config = _try(AutoConfig, source, trust_remote_code=trust_remote_code)
     text = config.get_text_config()
     return {"model_type": text.model_type, "layers": text.num_hidden_layers, "d_model": text.hidden_size}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,7 +108,7 @@ class Preset:
     stop: str = "dose"
     dose: float = 1.5
     check_every: int = 5
-    check_prompts: int = 96
+    check_prompts: int = 64
     reward: str = "model"
     reward_steps: int = 200
 
@@ -240,9 +241,8 @@ def resolve(preset: str = "tiny", **overrides) -> Preset:
             hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
             raise PresetError(f"parameter {name!r} is unknown{hint}")
     changes = {k: _cast(k, v, getattr(found, k)) for k, v in overrides.items() if v is not None}
-    for name in ("learning_rates",):  # a dict of some rates replaces those rates only
-        if name in changes:
-            changes[name] = getattr(found, name) | changes[name]
+    if "learning_rates" in changes:  # a mapping of some rates replaces those rates only
+        changes["learning_rates"] = found.learning_rates | changes["learning_rates"]
     result = dataclasses.replace(found, **changes)
     _check(result)
     return result
@@ -263,16 +263,25 @@ def from_notebook(names: dict) -> Preset:
 
 def _cast(name, value, default):
     """Check one value against the kind of its default, accepting the forms that a command line gives."""
-    listed = ("methods", "controls", "seeds")
-    if name in listed:
-        value = (value,) if isinstance(value, str | int) else tuple(value)
-        return tuple(int(v) for v in value) if name == "seeds" else value
+    if name in ("methods", "controls", "seeds"):
+        value = _listed(value)
+        if name != "seeds":
+            return value
+        if not all(str(v).lstrip("-").isdigit() for v in value):
+            raise PresetError(f"seeds is {list(value)!r}; give whole numbers, for example 0,1,2")
+        return tuple(int(v) for v in value)
     if name == "layers_measured":
-        return value if value == "all" else tuple(int(v) for v in value)
+        return value if value == "all" else tuple(int(v) for v in _listed(value))
     if name in ("families", "checkpoints", "learning_rates"):
+        value = _read_json(value)
         if not isinstance(value, dict):
-            raise PresetError(f"{name} is {value!r}; give a mapping, for example {{'llama': 'path/of/the/base'}}")
-        return dict(value)
+            raise PresetError(f'{name} is {value!r}; give a mapping, for example {{"llama": "path/of/the/base"}}')
+        if name != "learning_rates":
+            return dict(value)
+        unknown = set(value) - set(LORA_RATES)
+        if unknown:
+            raise PresetError(f"learning_rates names {sorted(unknown)[0]!r}; choose from {', '.join(LORA_RATES)}")
+        return {key: _cast(f"learning_rates[{key}]", rate, 0.0) for key, rate in value.items()}
     number = {"limit": int, "max_chars": int, "micro_batch_size": int}.get(name, type(default))
     if number in (int, float) and not isinstance(value, bool):
         try:
@@ -286,6 +295,23 @@ def _cast(name, value, default):
     elif number in (str, type(None)) and isinstance(value, str):
         return value
     raise PresetError(f"{name} is {value!r}; it must be {'a number' if number in (int, float) else number.__name__}")
+
+
+def _read_json(value):
+    """Papermill's -p gives mappings and lists as text."""
+    if isinstance(value, str) and value.strip()[:1] in ("{", "["):
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise PresetError(f"{value!r} is not valid JSON ({error}); quote names with double quotes") from None
+    return value
+
+
+def _listed(value) -> tuple:
+    value = _read_json(value)
+    if isinstance(value, str):
+        value = [v.strip() for v in value.split(",") if v.strip()]
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 def _check(preset: Preset) -> None:

@@ -8,9 +8,13 @@ from pathlib import Path
 
 import papermill
 from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
 
 from . import presets
 from .errors import AlignlensError
+
+# Kernels that start side by side can take each other's TCP port; sockets in the file system cannot collide.
+SOCKETS = Config({"KernelManager": {"transport": "ipc"}})
 
 
 class NotebookError(AlignlensError):
@@ -36,7 +40,7 @@ def run(name: str, parameters: dict, *, folder: str | Path | None = None) -> Pat
     print(f"{name} ...", end=" ", flush=True)
     try:
         papermill.execute_notebook(
-            str(source), str(failed), parameters=parameters, kernel_name="python3", progress_bar=False, log_output=False
+            str(source), str(failed), parameters=parameters, kernel_name="python3", progress_bar=False, config=SOCKETS
         )
     except PapermillExecutionError as error:
         raise NotebookError(

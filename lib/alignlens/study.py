@@ -156,7 +156,8 @@ class Study:
         if family not in self._formats:
             from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(self.source(Variant(family, "base")).model)
+            base = self.source(Variant(family, "base")).model
+            tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=self.preset.trust_remote_code)
             self._formats[family] = preferences.Formatter(tokenizer, max_length=self.preset.max_length)
         return self._formats[family]
 
@@ -622,4 +623,7 @@ def open(preset: str = "tiny", *, progress: bool = True, **overrides) -> Study:
 
 def from_notebook(names: dict) -> Study:
     """The study that a notebook's parameters describe; call it right after them (see ``presets.from_notebook``)."""
-    return Study(presets.from_notebook(names))
+    found = Study(presets.from_notebook(names))
+    if found.device == "cpu":
+        _one_thread()
+    return found
