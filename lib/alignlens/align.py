@@ -96,7 +96,8 @@ class Recipe:
     micro_batch_size : rows in memory at once (None: the whole batch).
     max_length : tokens of prompt and response; longer pairs are left out and counted, never cut.
     response_tokens : longest sampled response.
-    stop : "dose" ends at ``dose`` nats of mean KL per response, "last" at the last step.
+    stop : "dose" ends at ``dose`` nats of mean KL per response (between two checks, weights are interpolated to land
+        on it), "last" at the last step.
     check_every, check_prompts : how often (every other step from a quarter of the target dose on), and on how many
         held-out prompts, dose and curves are measured.
     options : arguments of the method's TRL config (``DEFAULTS`` lists ours).
@@ -299,10 +300,47 @@ class Monitor(TrainerCallback):
             self.next_check = state.global_step + (min(2, self.recipe.check_every) if near else self.recipe.check_every)
 
     def check(self, step: int) -> None:
+        """Measure the policy after ``step`` steps; past the target dose, land on it and stop."""
         policy = self.policy
         training = policy.training
         policy.eval()
-        pad = self.format.pad_id
+        row = self._measure(step)
+        over = self.recipe.stop == "dose" and step and row["kl"] >= self.recipe.dose
+        if over:
+            row = self._land(step)
+            self.stopped_by = "dose"
+        elif self.recipe.stop == "dose":
+            self.before = {name: weight.detach().clone() for name, weight in self._weights()}
+        policy.train(training)
+        self.rows.append(row)
+        self.logged = {}
+        if self.progress:
+            self.progress(step, self.recipe.steps, row["kl"])
+        if over:
+            raise _Stop
+
+    def _weights(self):
+        return [(name, weight) for name, weight in self.policy.named_parameters() if weight.requires_grad]
+
+    @torch.no_grad()
+    def _land(self, step: int) -> dict:
+        """Go back to the target dose on the line between the last two checks' weights; the measured row.
+
+        The dose can double between two checks. Without this, methods would be compared at doses that differ by as
+        much as chance has them overshoot.
+        """
+        after = {name: weight.detach().clone() for name, weight in self._weights()}
+        low, high = 0.0, 1.0
+        for _ in range(4):
+            middle = (low + high) / 2
+            for name, weight in self._weights():
+                weight.copy_(torch.lerp(self.before[name], after[name], middle))
+            row = self._measure(step)
+            low, high = (low, middle) if row["kl"] >= self.recipe.dose else (middle, high)
+        return row
+
+    def _measure(self, step: int) -> dict:
+        policy, pad = self.policy, self.format.pad_id
         chosen = models.response_logprobs(policy, self.prompts, self.chosen, pad_id=pad)
         rejected = models.response_logprobs(policy, self.prompts, self.rejected, pad_id=pad)
         if not (np.isfinite(chosen).all() and np.isfinite(rejected).all()):
@@ -312,10 +350,11 @@ class Monitor(TrainerCallback):
             max_new_tokens=self.recipe.response_tokens, seed=step,
         )  # fmt: skip
         kl = models.response_kl(policy, self.prompts, sampled, pad_id=pad)
-        policy.train(training)
+        if not np.isfinite(kl).all():
+            raise self.diverged(step)
         if not self.rows:
             self.start = chosen - rejected
-        row = {
+        return {
             "step": step,
             **dict.fromkeys(("loss", "reward", "margin"), np.nan),
             **self.logged,
@@ -327,15 +366,6 @@ class Monitor(TrainerCallback):
             "heldout_margin": (chosen - rejected - self.start).mean(),
             "heldout_accuracy": (chosen - rejected > self.start).mean() if self.rows else 0.5,
         }
-        self.rows.append(row)
-        self.logged = {}
-        if self.progress:
-            self.progress(step, self.recipe.steps, row["kl"])
-        if not np.isfinite(row["kl"]):
-            raise self.diverged(step)
-        if self.recipe.stop == "dose" and step and row["kl"] >= self.recipe.dose:
-            self.stopped_by = "dose"
-            raise _Stop
 
     def diverged(self, step: int) -> AlignError:
         return AlignError(
