@@ -98,8 +98,7 @@ class Recipe:
     response_tokens : longest sampled response.
     stop : "dose" ends at ``dose`` nats of mean KL per response (between two checks, weights are interpolated to land
         on it), "last" at the last step.
-    check_every, check_prompts : how often (every other step from a quarter of the target dose on), and on how many
-        held-out prompts, dose and curves are measured.
+    check_every, check_prompts : how often, and on how many held-out prompts, dose and curves are measured.
     options : arguments of the method's TRL config (``DEFAULTS`` lists ours).
     """
 
@@ -237,7 +236,7 @@ class _TextBackbone(torch.nn.Module):
 
     def forward(self, input_ids, attention_mask, **_):
         texts = [self._split(ids[mask.bool()].tolist()) for ids, mask in zip(input_ids, attention_mask, strict=True)]
-        values = torch.as_tensor(np.asarray(self.function(*zip(*texts, strict=True))), dtype=torch.float32)
+        values = torch.tensor(np.array(self.function(*zip(*texts, strict=True))), dtype=torch.float32)
         states = values.to(input_ids.device)[:, None, None].expand(-1, input_ids.shape[1], 1)
         return type("Output", (), {"hidden_states": (states,)})()
 
@@ -270,7 +269,6 @@ class Monitor(TrainerCallback):
             [ids[i] for i in range(n)] for ids in (heldout.prompt_ids, heldout.chosen_ids, heldout.rejected_ids)
         )
         self.rows, self.logged, self.trainer, self.stopped_by = [], {}, None, "last step"
-        self.next_check = recipe.check_every
 
     @property
     def policy(self) -> PeftModel:
@@ -293,11 +291,9 @@ class Monitor(TrainerCallback):
             self.logged = {}
 
     def on_step_end(self, args, state, control, **_):
-        if state.global_step >= min(self.next_check, self.recipe.steps):
+        # PPO counts the step before this call, the other trainers as well.
+        if state.global_step % self.recipe.check_every == 0 or state.global_step >= self.recipe.steps:
             self.check(state.global_step)
-            # The dose doubles within a few steps: near the target, look after every other one.
-            near = self.recipe.stop == "dose" and self.rows[-1]["kl"] > self.recipe.dose / 4
-            self.next_check = state.global_step + (min(2, self.recipe.check_every) if near else self.recipe.check_every)
 
     def check(self, step: int) -> None:
         """Measure the policy after ``step`` steps; past the target dose, land on it and stop."""
@@ -330,14 +326,27 @@ class Monitor(TrainerCallback):
         much as chance has them overshoot.
         """
         after = {name: weight.detach().clone() for name, weight in self._weights()}
-        low, high = 0.0, 1.0
-        for _ in range(4):
-            middle = (low + high) / 2
+
+        def move(share):
             for name, weight in self._weights():
-                weight.copy_(torch.lerp(self.before[name], after[name], middle))
-            row = self._measure(step)
-            low, high = (low, middle) if row["kl"] >= self.recipe.dose else (middle, high)
-        return row
+                weight.copy_(torch.lerp(self.before[name], after[name], share))
+
+        low, high, off = 0.0, 1.0, {}
+        for _ in range(5):
+            middle = (low + high) / 2
+            move(middle)
+            dose = self._sample(step)[1].mean()
+            off[middle] = abs(dose - self.recipe.dose)
+            low, high = (low, middle) if dose >= self.recipe.dose else (middle, high)
+        move(min(off, key=off.get))
+        return self._measure(step)
+
+    def _sample(self, step: int) -> tuple[list[list[int]], np.ndarray]:
+        sampled = models.sample(
+            self.policy, self.prompts, end_id=self.format.end_id, pad_id=self.format.pad_id,
+            max_new_tokens=self.recipe.response_tokens, seed=step,
+        )  # fmt: skip
+        return sampled, models.response_kl(self.policy, self.prompts, sampled, pad_id=self.format.pad_id)
 
     def _measure(self, step: int) -> dict:
         policy, pad = self.policy, self.format.pad_id
@@ -345,11 +354,7 @@ class Monitor(TrainerCallback):
         rejected = models.response_logprobs(policy, self.prompts, self.rejected, pad_id=pad)
         if not (np.isfinite(chosen).all() and np.isfinite(rejected).all()):
             raise self.diverged(step)
-        sampled = models.sample(
-            policy, self.prompts, end_id=self.format.end_id, pad_id=pad,
-            max_new_tokens=self.recipe.response_tokens, seed=step,
-        )  # fmt: skip
-        kl = models.response_kl(policy, self.prompts, sampled, pad_id=pad)
+        sampled, kl = self._sample(step)
         if not np.isfinite(kl).all():
             raise self.diverged(step)
         if not self.rows:
@@ -409,6 +414,7 @@ def _arguments(recipe: Recipe, workdir: str, device: str) -> dict:
         "seed": recipe.seed,
         "use_cpu": device == "cpu",
         "bf16": device != "cpu",
+        "gradient_checkpointing": device != "cpu",  # the same gradients in less memory, at the cost of time
         "report_to": "none",
         "disable_tqdm": True,
         "save_strategy": "no",
@@ -540,18 +546,18 @@ def _ppo_models(recipe, reward, model, format, prompts):
     The value model is the reward model where there is one, else the base with an empty head, and learns through an
     adapter of the policy's shape and through its head.
     """
-    if isinstance(reward, torch.nn.Module):
-        judge, value = reward, copy.deepcopy(reward)
-    else:
-        judge = _TextReward(reward, format, prompts)
-        config = copy.deepcopy(model.config)
-        config.num_labels = 1
-        value = AutoModelForSequenceClassification.from_config(config).float().to(model.device)
-        getattr(value, value.base_model_prefix).load_state_dict(getattr(model, model.base_model_prefix).state_dict())
-        torch.nn.init.zeros_(value.score.weight)
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        if isinstance(reward, torch.nn.Module):
+            judge, value = reward, copy.deepcopy(reward)
+        else:
+            judge, config = _TextReward(reward, format, prompts), copy.deepcopy(model.config)
+            config.num_labels = 1
+            value = AutoModelForSequenceClassification.from_config(config).float().to(model.device)
+            backbone, weights = getattr(value, value.base_model_prefix), getattr(model, model.base_model_prefix)
+            backbone.load_state_dict(weights.state_dict())
+            torch.nn.init.zeros_(value.score.weight)
         inject_adapter_in_model(_lora(recipe, "SEQ_CLS", value), value)
-    value.score.requires_grad_(True)
+    value.score.requires_grad_(True)  # a loaded reward model is frozen
     return judge, value
 
 

@@ -159,7 +159,9 @@ def pretrain(
 
     def rate(step: int) -> float:
         warm = max(1, steps // 20)
-        return step / warm if step < warm else 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+        if step < warm:
+            return step / warm
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     order = np.random.default_rng(seed).permutation(len(sequences))
