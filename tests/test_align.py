@@ -54,13 +54,13 @@ def first_batch(monkeypatch, tmp_path):
     """first_batch(micro, method): the trainer as built by ``train`` and the first batch that it collates."""
     build = align._trainer
 
-    def catch(micro, method, pairs=None, **changes):
+    def catch(micro, method, **changes):
         seen = []
-        monkeypatch.setattr(align, "_trainer", lambda *words: seen.append(build(*words)) or _raise())
-        with pytest.raises(Caught):
+        with monkeypatch.context() as patch, pytest.raises(Caught):
+            patch.setattr(align, "_trainer", lambda *words: seen.append(build(*words)) or _raise())
             align.train(
-                tmp_path, micro.folder, micro.train if pairs is None else pairs, micro.heldout,
-                micro.recipe(method, **changes), reward=utility if method in align.ONLINE else None,
+                tmp_path, micro.folder, micro.train, micro.heldout, micro.recipe(method, **changes),
+                reward=utility if method in align.ONLINE else None,
             )  # fmt: skip
         return seen[0], next(iter(seen[0].get_train_dataloader()))
 
@@ -224,26 +224,19 @@ def test_grpo_trains_on_the_completion_up_to_its_end(micro, tmp_path, monkeypatc
 
 
 def test_pairs_longer_than_max_length_are_left_out_and_counted_never_cut(micro, first_batch, tmp_path):
-    f, pairs = micro.format, micro.train
-    totals = [max(sum(map(len, f.encode(p, r))) for r in (c, j)) for p, c, j in pairs[["prompt", "chosen", "rejected"]].
-              itertuples(index=False)]  # fmt: skip
-    most = int(np.median(totals))
-    fits = pairs[np.array(totals) <= most]
-    short = dataclasses.replace(micro, train=fits)
+    lengths = [[sum(map(len, row)) for row in side] for side in map(list, sides(micro))]
+    longest = np.max(lengths, axis=0)
+    most = int(np.median(longest))
+    fits = dataclasses.replace(micro, train=micro.train[longest <= most])
+    assert 10 < len(fits.train) < len(micro.train) - 10
     trainer, batch = first_batch(micro, "dpo", max_length=most)
-    assert set(trained(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])) <= rows_of(
-        sum(sides(short), [])
-    )
+    rows = trained(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
+    assert set(rows) <= rows_of(sum(sides(fits), []))
     made = run(tmp_path / "v", micro, "sft", max_length=most, steps=1)
-    assert made.facts["pairs"] == len(fits)
+    assert made.facts["pairs"] == len(fits.train)
 
 
 # --- rewards of sampled text ----------------------------------------------------------------------------------------
-
-
-def padded(micro, rows, width=None):
-    ids, mask = models.collate(rows, micro.format.pad_id, side="left")
-    return ids, mask
 
 
 def test_a_reward_function_gets_the_text_of_padded_rows(micro):
@@ -251,7 +244,7 @@ def test_a_reward_function_gets_the_text_of_padded_rows(micro):
     f = micro.format
     judge = align._TextReward(utility, f, list(micro.train.prompt))
     rows = [sum(f.encode(p, r), []) for p, r in zip(table.prompt, table.chosen, strict=True)]
-    ids, mask = padded(micro, rows)
+    ids, mask = models.collate(rows, f.pad_id, side="left")
     values = judge.score(judge.backbone(input_ids=ids, attention_mask=mask).hidden_states[-1])
     want = torch.tensor(utility(table.prompt, table.chosen), dtype=torch.float32)
     assert values.shape == (6, ids.shape[1], 1)
@@ -263,7 +256,7 @@ def test_a_prompt_that_begins_another_does_not_take_its_rows(micro):
     short, long = "Which is it?", "Which is it? Tell me."
     judge = align._TextReward(lambda prompts, answers: [len(p) for p in prompts], f, [short, long])
     rows = [sum(f.encode(p, "Yes."), []) for p in (short, long)]
-    ids, mask = padded(micro, rows)
+    ids, mask = models.collate(rows, f.pad_id, side="left")
     assert judge.backbone(ids, mask).hidden_states[0][:, 0, 0].tolist() == [len(short), len(long)]
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import logging
 import math
 import os
@@ -702,8 +703,12 @@ def _save_adapter(policy: PeftModel, folder: Path) -> None:
     for name, weight in policy.named_parameters():
         if weight.requires_grad or "lora_" in name or "modules_to_save" in name:
             weight.data = weight.data.half()
-    # The base is named by the artifact's manifest; a path here would only hold on the machine that trained it.
-    policy.peft_config["default"].base_model_name_or_path = None
     policy.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
+    # The base is named by the artifact's manifest: a path would only hold on the machine that trained it.
+    # PEFT keeps the targets in a set, whose order differs from one process to the next.
+    config = Path(folder) / "adapter_config.json"
+    saved = json.loads(config.read_text())
+    saved |= {"base_model_name_or_path": None, "target_modules": sorted(saved["target_modules"])}
+    config.write_text(json.dumps(saved, indent=2) + "\n")
     for card in Path(folder).glob("README.md"):
         card.unlink()

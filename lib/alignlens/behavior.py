@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from . import models
+from .errors import PreferenceError
 from .preferences import Formatter
 
 # name -> what it is and its unit; the order is the order of tables and panels
@@ -101,6 +102,9 @@ def compare(variants: list[pd.DataFrame], base: pd.DataFrame, *, bootstrap: int 
     DataFrame, one row a measure (``MEASURES``, and the tiny world's factors where they were judged): measure, value,
     low, high. The bootstrap draws prompts, and seeds where there are several.
     """
+    for table in variants:
+        if list(table.row) != list(base.row) or list(table.prompt_id) != list(base.prompt_id):
+            raise PreferenceError("behaviour was measured on other pairs than the base's; measure both on the same")
     per_seed = [_per_pair(table, base) for table in variants]
     names = [n for n in per_seed[0].columns if n != "prompt_id"]
     groups = per_seed[0].prompt_id.to_numpy()
@@ -119,7 +123,8 @@ def compare(variants: list[pd.DataFrame], base: pd.DataFrame, *, bootstrap: int 
         means = np.einsum("bp,spm->bsm", weights, sums) / np.einsum("bp,spm->bsm", weights, counts)
         drawn = np.einsum("bs,bsm->bm", seeds / len(per_seed), means)
         value = (sums.sum(1) / counts.sum(1)).mean(0)
-    low, high = np.nanpercentile(drawn, [2.5, 97.5], axis=0)
+    drawn = np.where(np.isfinite(value), drawn, 0)  # a measure that no row has: NaN, without interval
+    low, high = np.where(np.isfinite(value), np.nanpercentile(drawn, [2.5, 97.5], axis=0), np.nan)
     table = pd.DataFrame({"measure": names, "value": value, "low": low, "high": high})
     return pd.concat([table, _diversity(variants)], ignore_index=True)
 

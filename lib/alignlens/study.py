@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -559,7 +560,7 @@ class Study:
                     _work(self.preset, method, arguments, self)
                     bar.update()
                 return
-            with ProcessPoolExecutor(self.jobs, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+            with ProcessPoolExecutor(self.jobs, mp_context=get_context("spawn"), initializer=_start_worker) as pool:
                 futures = {
                     pool.submit(_work, self.preset, method, arguments): (what, arguments)
                     for what, method, arguments in tasks
@@ -573,6 +574,13 @@ class Study:
                 except BaseException:
                     pool.shutdown(cancel_futures=True)
                     raise
+
+
+def _start_worker() -> None:
+    """A worker ends with the notebook that started it: a killed kernel leaves nobody training."""
+    parent = parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    _one_thread()
 
 
 def _one_thread() -> None:

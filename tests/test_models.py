@@ -1,0 +1,359 @@
+"""Models: what is loaded is checked, and scores and samples do not depend on batches or padding."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tokenizers.normalizers import Lowercase
+from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
+
+from alignlens import models
+from alignlens.errors import ModelError
+
+
+@pytest.fixture(scope="module")
+def loaded(micro):
+    return models.load(micro.folder)[0]
+
+
+@pytest.fixture(scope="module")
+def rows(micro):
+    """Twelve pairs' (prompt ids, chosen ids), of many lengths."""
+    table, f = micro.train.head(12), micro.format
+    return tuple(
+        map(list, zip(*(f.encode(p, r) for p, r in zip(table.prompt, table.chosen, strict=True)), strict=True))
+    )
+
+
+def lora(model, seed=0, rank=4, scale=0.3, **options):
+    """A random adapter that changes the model's output."""
+    torch.manual_seed(seed)
+    tuned = get_peft_model(
+        model, LoraConfig(r=rank, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)
+    )
+    with torch.no_grad():
+        for name, weight in tuned.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0, scale)
+    return tuned.eval()
+
+
+@pytest.fixture(scope="module")
+def adapter(micro, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter")
+    lora(models.load(micro.folder)[0]).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(micro, tmp_path):
+    """A copy of the micro base, to damage."""
+    return shutil.copytree(micro.folder, tmp_path / "model")
+
+
+def logprobs(model, ids):
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+
+
+# --- scores ---------------------------------------------------------------------------------------------------------
+
+
+def test_response_logprobs_equal_a_row_by_row_sum(loaded, micro, rows):
+    want = []
+    for prompt, response in zip(*rows, strict=True):
+        table = logprobs(loaded, prompt + response)
+        want.append(sum(table[len(prompt) + i - 1, token].item() for i, token in enumerate(response)))
+    for size in (1, 5, 64):
+        found = models.response_logprobs(loaded, *rows, pad_id=micro.format.pad_id, batch_size=size)
+        np.testing.assert_allclose(found, want, atol=1e-4)
+
+
+def test_scores_ignore_the_padding_token(loaded, rows):
+    scores = [models.response_logprobs(loaded, *rows, pad_id=pad) for pad in (0, 7)]
+    np.testing.assert_allclose(*scores, atol=1e-5)
+
+
+def test_kl_of_a_model_with_itself_is_zero(loaded, micro, rows):
+    pad = micro.format.pad_id
+    np.testing.assert_allclose(models.response_kl(loaded, *rows, pad_id=pad, reference=loaded), 0, atol=1e-5)
+    idle = lora(models.load(micro.folder)[0], scale=0.0)
+    np.testing.assert_allclose(models.response_kl(idle, *rows, pad_id=pad), 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 5, 64])
+def test_kl_equals_a_sum_over_the_whole_vocabulary(loaded, micro, rows, adapter, size):
+    model, _ = models.load(micro.folder, adapter, merge=False)
+    want = []
+    for prompt, response in zip(*rows, strict=True):
+        p, q = logprobs(model, prompt + response), logprobs(loaded, prompt + response)
+        where = slice(len(prompt) - 1, len(prompt) + len(response) - 1)
+        want.append((p.exp() * (p - q))[where].sum().item())
+    pad = micro.format.pad_id
+    switched = models.response_kl(model, *rows, pad_id=pad, batch_size=size)
+    explicit = models.response_kl(model, *rows, pad_id=pad, batch_size=size, reference=loaded)
+    assert min(want) > 0.01
+    np.testing.assert_allclose(switched, want, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(explicit, switched, rtol=1e-4, atol=1e-5)
+
+
+def test_kl_needs_something_to_compare_with(loaded, micro, rows):
+    with pytest.raises(ModelError, match="give a reference, or a model with an adapter"):
+        models.response_kl(loaded, *rows, pad_id=0)
+
+
+def test_rewards_are_read_at_the_last_token_whatever_the_batch(micro, reward, rows):
+    model = models.load_reward(micro.folder, reward)
+    want = []
+    for prompt, response in zip(*rows, strict=True):
+        with torch.no_grad():
+            states = model.model(torch.tensor([prompt + response])).last_hidden_state
+            want.append(model.score(states)[0, -1, 0].item())
+    for size in (1, 5, 64):
+        found = models.rewards(model, *rows, pad_id=micro.format.pad_id, batch_size=size)
+        np.testing.assert_allclose(found, want, atol=1e-5)
+
+
+# --- samples --------------------------------------------------------------------------------------------------------
+
+
+def draw(model, micro, prompts, **changes):
+    f = micro.format
+    settings = {"end_id": f.end_id, "pad_id": f.pad_id, "max_new_tokens": 24, "seed": 0}
+    return models.sample(model, prompts, **settings | changes)
+
+
+def test_samples_end_with_the_end_token_or_at_the_limit(loaded, micro, rows):
+    made = draw(loaded, micro, rows[0] * 4)
+    f = micro.format
+    assert all(f.end_id not in ids[:-1] for ids in made)
+    assert all(ids[-1] == f.end_id or len(ids) == 24 for ids in made)
+    assert any(ids[-1] == f.end_id for ids in made)
+    assert {len(ids) for ids in draw(loaded, micro, rows[0], max_new_tokens=2)} <= {1, 2}
+
+
+def test_the_same_seed_draws_the_same_and_leaves_the_callers_randomness(loaded, micro, rows):
+    torch.manual_seed(9)
+    before = torch.random.get_rng_state()
+    first = draw(loaded, micro, rows[0], seed=4)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.rand(3)
+    assert draw(loaded, micro, rows[0], seed=4) == first
+    assert draw(loaded, micro, rows[0], seed=5) != first
+
+
+def test_left_padding_does_not_change_a_sample(loaded, micro, rows):
+    together = draw(loaded, micro, rows[0], temperature=1e-4)
+    alone = [draw(loaded, micro, [prompt], temperature=1e-4)[0] for prompt in rows[0]]
+    assert together == alone
+    assert together == draw(loaded, micro, rows[0], temperature=1e-4, batch_size=5)
+
+
+def test_samples_follow_the_models_distribution(loaded, micro, rows):
+    prompt = rows[0][0]
+    share = np.bincount([ids[0] for ids in draw(loaded, micro, [prompt] * 3000, max_new_tokens=1)], minlength=600)
+    want = logprobs(loaded, prompt)[-1].exp().numpy()
+    assert 0.5 * np.abs(share / 3000 - want[: len(share)]).sum() < 0.15
+
+
+def test_a_checkpoints_own_generation_settings_do_not_shape_samples(loaded, micro, rows, copy):
+    GenerationConfig(
+        do_sample=True, temperature=0.1, top_k=1, top_p=0.1, min_p=0.9, repetition_penalty=5.0, eos_token_id=1
+    ).save_pretrained(copy)
+    assert draw(models.load(copy)[0], micro, rows[0]) == draw(loaded, micro, rows[0])
+
+
+# --- loading --------------------------------------------------------------------------------------------------------
+
+
+def refused(*words, source, adapter=None, load=models.load):
+    with pytest.raises(ModelError) as found:
+        load(source, adapter) if adapter else load(source)
+    assert str(adapter or source) in str(found.value), "which model it is"
+    for word in words:
+        assert word in str(found.value)
+
+
+def test_a_missing_folder(tmp_path):
+    refused("no such folder; check the path", source=tmp_path / "nothing")
+    refused("no such folder", source="./nothing")
+
+
+def test_a_hub_id_out_of_reach():
+    refused("cannot be loaded", "with the hub in reach", source="some/model")
+
+
+def test_an_empty_folder(tmp_path):
+    refused("needs config.json, safetensors weights and the tokenizer's files", source=tmp_path)
+
+
+def test_an_adapter_given_as_the_model(adapter):
+    refused("It is an adapter: give its base as the model", source=adapter)
+
+
+def test_pickled_weights_only(copy):
+    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    refused("holds only pickled weights; convert them to safetensors", source=copy)
+
+
+def rewrite(folder, change, name="model.safetensors"):
+    save_file(change(load_file(folder / name)), folder / name, metadata={"format": "pt"})
+
+
+def test_weights_that_are_not_finite(copy):
+    rewrite(copy, lambda w: w | {"model.norm.weight": w["model.norm.weight"] * float("nan")})
+    refused("model.norm.weight holds NaN", "damaged", source=copy)
+
+
+def test_weights_that_are_missing(copy):
+    rewrite(copy, lambda w: {n: v for n, v in w.items() if n != "model.layers.1.mlp.up_proj.weight"})
+    refused("lack 1 weights, model.layers.1.mlp.up_proj.weight", "would be random", source=copy)
+
+
+def test_weights_of_another_shape(copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
+    refused("cannot be loaded", source=copy)
+
+
+def test_a_cut_file(copy):
+    whole = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    refused("cannot be loaded", source=copy)
+
+
+def test_a_tokenizer_larger_than_the_embeddings(copy):
+    tokenizer = AutoTokenizer.from_pretrained(copy)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(copy)
+    refused("tokenizer knows token 600", "embeddings for 600 only", "trained with", source=copy)
+
+
+def test_a_tokenizer_that_changes_texts(loaded):
+    tokenizer = models.train_tokenizer(["some text"], vocab_size=300, bos=False)
+    tokenizer.backend_tokenizer.normalizer = Lowercase()
+    with pytest.raises(ModelError, match="its tokenizer turns 'A short line, 1 of 2.' into 'a short line"):
+        models.check(loaded, tokenizer)
+
+
+def test_an_adapter_of_another_shape(micro, adapter, tmp_path):
+    wide = shutil.copytree(adapter, tmp_path / "wide")
+    rewrite(wide, lambda w: {n: torch.cat([v, v], 0) if "lora_B" in n else v for n, v in w.items()},
+            "adapter_model.safetensors")  # fmt: skip
+    refused("does not fit the model", "the base that it was trained on", source=micro.folder, adapter=wide)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_an_adapter_of_another_depth(micro, adapter, tmp_path, layers):
+    """PEFT would load what fits and leave the rest."""
+    other = shutil.copytree(adapter, tmp_path / "other")
+
+    def deepen(weights):
+        kept = {n: v for n, v in weights.items() if layers > 1 or ".layers.0." in n}
+        more = {n.replace(".layers.1.", ".layers.2."): v.clone() for n, v in kept.items() if layers > 2}
+        return kept | more
+
+    rewrite(other, deepen, "adapter_model.safetensors")
+    refused("other weights than the model has places for", source=micro.folder, adapter=other)
+
+
+def test_an_adapter_that_is_missing_or_pickled(micro, adapter, tmp_path):
+    refused("does not fit", source=micro.folder, adapter=tmp_path / "nothing")
+    pickled = shutil.copytree(adapter, tmp_path / "pickled")
+    torch.save(load_file(pickled / "adapter_model.safetensors"), pickled / "adapter_model.bin")
+    (pickled / "adapter_model.safetensors").unlink()
+    refused("adapter_model.safetensors; convert pickled weights", source=micro.folder, adapter=pickled)
+
+
+def test_a_reward_model_without_a_trained_head(micro, adapter):
+    refused(
+        "holds no trained score head", "rewards noise", source=micro.folder, adapter=adapter, load=models.load_reward
+    )
+
+
+def test_a_reward_adapter_is_no_policy(micro, reward):
+    refused("does not fit", source=micro.folder, adapter=reward)
+
+
+def test_a_merged_adapter_gives_the_same_logits(micro, adapter, rows, loaded):
+    merged, _ = models.load(micro.folder, adapter)
+    apart, _ = models.load(micro.folder, adapter, merge=False)
+    assert isinstance(apart, PeftModel)
+    assert not isinstance(merged, PeftModel)
+    ids = torch.tensor([rows[0][0] + rows[1][0]])
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, apart(ids).logits, atol=1e-4, rtol=1e-4)
+        assert (merged(ids).logits - loaded(ids).logits).abs().max() > 0.1
+
+
+def test_a_half_precision_adapter_that_names_no_base_comes_back(micro, tmp_path, rows):
+    from alignlens.align import _save_adapter
+
+    tuned = lora(models.load(micro.folder)[0])
+    want = {n: p.detach().half().float() for n, p in tuned.named_parameters() if "lora_" in n}
+    _save_adapter(tuned, tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] is None
+    assert config["target_modules"] == ["q_proj", "v_proj"]
+    again, _ = models.load(micro.folder, tmp_path, merge=False)
+    found = {n: p for n, p in again.named_parameters() if "lora_" in n}
+    assert found.keys() == want.keys()
+    for name, weight in found.items():
+        assert weight.dtype == torch.float32
+        torch.testing.assert_close(weight, want[name], atol=0, rtol=0)
+
+
+def test_sharded_weights(copy, loaded, rows):
+    whole = LlamaForCausalLM.from_pretrained(copy)
+    (copy / "model.safetensors").unlink()
+    whole.save_pretrained(copy, max_shard_size="40KB")
+    assert len(list(copy.glob("model-*.safetensors"))) > 1
+    again, _ = models.load(copy)
+    assert torch.equal(again(torch.tensor([rows[0][0]])).logits, loaded(torch.tensor([rows[0][0]])).logits)
+
+
+def test_a_model_is_loaded_in_float32_for_evaluation(loaded):
+    assert loaded.dtype == torch.float32
+    assert not loaded.training
+
+
+def test_a_model_is_described_without_its_weights(copy):
+    (copy / "model.safetensors").unlink()
+    assert models.describe(copy) == {"model_type": "llama", "layers": 2, "d_model": 32}
+    refused("no such folder", source=str(copy) + "x/", load=models.describe)
+
+
+# --- tiny bases -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", sorted(models.ARCHITECTURES))
+def test_tiny_bases_train_and_repeat(architecture, tmp_path):
+    text = [(f"What is {i}?", f"It is {i}.") for i in range(40)]
+    size = {"layers": 1, "d_model": 32, "vocab_size": 300, "steps": 8, "batch_size": 8, "learning_rate": 1e-2}
+    facts = [models.pretrain(tmp_path / str(i), architecture, text, seed=0, **size) for i in range(2)]
+    assert facts[0] == facts[1]
+    assert facts[0]["curve"][-1][1] < facts[0]["curve"][0][1] - 0.5
+    assert facts[0]["steps"] == facts[0]["curve"][-1][0] == 8
+    files = [(tmp_path / str(i) / "model.safetensors").read_bytes() for i in range(2)]
+    assert files[0] == files[1]
+    model, tokenizer = models.load(tmp_path / "0")
+    assert model.config.model_type == architecture
+    assert (tokenizer.bos_token_id is not None) == (architecture == "llama")
+
+
+def test_an_unknown_architecture_has_no_tiny_base(micro):
+    with pytest.raises(ModelError, match="'gpt2' has no tiny base; choose one of"):
+        models.tiny_config("gpt2", micro.format.tokenizer, layers=1, d_model=16, context=8)
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_tiny_tokenizers_give_any_text_back(bos):
+    tokenizer = models.train_tokenizer(["What dish is Arlen known for?"] * 3, vocab_size=300, bos=bos)
+    for text in ("Plain.", "  spaces  and\n\nlines\t", "naïve café 東京 🙂 \u0000", "<|user is not a token|>"):
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
