@@ -73,19 +73,20 @@ def no_bos(tmp_path_factory, world) -> Micro:
 
 
 @pytest.fixture(scope="session")
-def two_ends(tmp_path_factory, world) -> Micro:
-    """A Llama of random weights whose turns end with another token than texts do, and that has no padding token."""
+def two_ends(micro, tmp_path_factory) -> Micro:
+    """The micro Llama where turns end with another token than texts do, and without a padding token, as Llama 3 has."""
     folder = tmp_path_factory.mktemp("llama3")
-    tokenizer = models.train_tokenizer([*world[0].prompt, *world[0].chosen], vocab_size=600, bos=True)
+    tokenizer = models.AutoTokenizer.from_pretrained(micro.folder)
     tokenizer.add_special_tokens({"eos_token": "<|stop|>"})
     tokenizer.pad_token = None
-    head = "{% for m in messages %}{% if m['role'] == 'user' %}<|user|>\n\n{{ m['content'] }}<|end|>"
-    tokenizer.chat_template = "<|begin|>" + models.TINY_TEMPLATE.replace(models.TINY_TEMPLATE.split("{% elif")[0], head)
-    config = models.tiny_config("llama", tokenizer, layers=2, d_model=32, context=96)
-    torch.manual_seed(0)
-    models.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|user|>", "<|user|>\n\n")
     tokenizer.save_pretrained(folder)
-    return Micro(folder, *world)
+    with models.quietly():
+        model = models.AutoModelForCausalLM.from_pretrained(micro.folder)
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+        model.save_pretrained(folder)
+    return Micro(folder, micro.train, micro.heldout)
 
 
 @pytest.fixture(scope="session")

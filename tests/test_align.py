@@ -190,6 +190,7 @@ def test_generation_starts_from_the_formatters_prompt_and_ends_at_its_end(base, 
     prompts = {tuple(f.prompt_ids(p)): p for p in base.train.prompt}
     (ids, mask, made), *_ = calls
     assert len(judged) == 8
+    ended = 0
     for row, seen, whole, (prompt, response) in zip(ids, mask.bool(), made, judged, strict=True):
         assert prompts[tuple(row[seen].tolist())] == prompt
         assert seen.tolist() == sorted(seen.tolist()), "prompts are padded on the left"
@@ -197,8 +198,9 @@ def test_generation_starts_from_the_formatters_prompt_and_ends_at_its_end(base, 
         if f.end_id in answer:
             end = answer.index(f.end_id) + 1
             assert set(answer[end:]) <= {f.pad_id}, "generation went on after the end of the turn"
-            answer = answer[:end]
+            answer, ended = answer[:end], ended + 1
         assert f.decode(answer) == response
+    assert ended, "no answer ended: lengthen response_tokens"
 
 
 def test_grpo_trains_on_the_completion_up_to_its_end(micro, tmp_path, monkeypatch):

@@ -15,16 +15,16 @@ from . import models
 from .errors import PreferenceError
 from .preferences import Formatter
 
-# name -> what it is and its unit; the order is the order of tables and panels
+# name -> what it is, short enough for a panel's title; the order is the order of tables and panels
 MEASURES = {
-    "accuracy": "implicit-reward accuracy: share of pairs whose margin grew",
-    "margin": "implicit-reward margin: shift of chosen minus shift of rejected (nats)",
-    "chosen_shift": "shift of the chosen log-probability (nats)",
-    "rejected_shift": "shift of the rejected log-probability (nats)",
-    "kl": "dose: KL to base per response (nats)",
-    "win_rate": "win rate of samples against the base's (ties count half)",
+    "accuracy": "implicit-reward accuracy",
+    "margin": "implicit-reward margin (nats)",
+    "chosen_shift": "shift of log p(chosen) (nats)",
+    "rejected_shift": "shift of log p(rejected) (nats)",
+    "kl": "dose: KL to base (nats a response)",
+    "win_rate": "win rate against base (ties half)",
     "score": "judge's score of samples",
-    "reward_gain": "reward model's gain over the base's samples",
+    "reward_gain": "gain in learned reward",
     "length": "response length (tokens)",
     "distinct_1": "distinct words / words",
     "distinct_2": "distinct word pairs / word pairs",

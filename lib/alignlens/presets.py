@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -231,7 +232,7 @@ def resolve(preset: str = "tiny", **overrides) -> Preset:
     PresetError
         for an unknown preset or field (with the nearest name), or a value of the wrong type or outside its range.
     """
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise PresetError(f"preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
     found = PRESETS[preset]
     known = {f.name: f for f in dataclasses.fields(Preset) if f.name != "name"}
@@ -243,7 +244,8 @@ def resolve(preset: str = "tiny", **overrides) -> Preset:
     changes = {k: _cast(k, v, getattr(found, k)) for k, v in overrides.items() if v is not None}
     if "learning_rates" in changes:  # a mapping of some rates replaces those rates only
         changes["learning_rates"] = found.learning_rates | changes["learning_rates"]
-    result = dataclasses.replace(found, **changes)
+    mappings = {k: dict(v) for k, v in vars(found).items() if isinstance(v, dict)}  # a preset's own stay untouched
+    result = dataclasses.replace(found, **(mappings | changes))
     _check(result)
     return result
 
@@ -322,14 +324,29 @@ def _check(preset: Preset) -> None:
         for method in getattr(preset, name):
             if method not in choices:
                 raise PresetError(f"{name} holds {method!r}; choose from {', '.join(choices)}")
-    if not preset.families:
-        raise PresetError("families is empty; give at least one base")
+    if not preset.families or not all(isinstance(base, str) for base in preset.families.values()):
+        raise PresetError(f"families is {preset.families}; give at least one base, each a hub id or a folder's path")
+    for name in ("methods", "controls", "seeds"):
+        if len(set(getattr(preset, name))) < len(getattr(preset, name)):
+            raise PresetError(f"{name} is {getattr(preset, name)}; each may be named once")
     if not preset.seeds:
         raise PresetError("seeds is empty; give at least one")
-    if preset.folds < 2:
-        raise PresetError(f"folds is {preset.folds}; cross-validation needs at least 2")
-    for name in ("steps", "batch_size", "bootstrap", "measured", "check_every", "check_prompts", "max_length"):
-        if getattr(preset, name) < 1:
+    if min(preset.reward_share, preset.measure_share) <= 0 or preset.reward_share + preset.measure_share >= 1:
+        raise PresetError(
+            f"reward_share {preset.reward_share} and measure_share {preset.measure_share} must be positive and leave a "
+            "share for training"
+        )
+    if preset.dose <= 0:
+        raise PresetError(f"dose is {preset.dose}; give a positive number of nats")
+    if not math.isfinite(preset.length_bias):
+        raise PresetError(f"length_bias is {preset.length_bias}; give a finite number")
+    if preset.folds < 3:
+        raise PresetError(
+            f"folds is {preset.folds}; at least 3 are needed: penalties are chosen inside the training folds"
+        )
+    counts = ("steps", "batch_size", "bootstrap", "measured", "sampled", "check_every", "check_prompts", "max_length")
+    for name in (*counts, "response_tokens", "permutations", "read_batch", "limit", "max_chars", "micro_batch_size"):
+        if getattr(preset, name) is not None and getattr(preset, name) < 1:
             raise PresetError(f"{name} is {getattr(preset, name)}; it must be at least 1")
     if preset.reward == "truth" and preset.pairs != "tinyworld":
         raise PresetError("reward 'truth' is the tiny world's utility; pairs from elsewhere have none: use 'model'")

@@ -48,7 +48,6 @@ class Source:
     model: str
     adapter: str | None
     key: str
-    reference: str | None = None  # the base, for a merged checkpoint that has no adapter to switch off
 
 
 class Study:
@@ -66,6 +65,8 @@ class Study:
         if shipped and not Path(shipped).is_dir():
             shipped = None
         self.store = Store(presets.place(preset.store), shipped)
+        self._formats: dict[str, preferences.Formatter] = {}
+        self._measured: dict[str, tuple[pd.DataFrame, str]] = {}
 
     # --- what there is ----------------------------------------------------------------------------------------------
 
@@ -142,15 +143,19 @@ class Study:
 
     def measured(self, family: str) -> pd.DataFrame:
         """The measured pairs of a family: the same for all its models, whole prompts, none cut by ``max_length``."""
-        return self._fitting(family, self.split("measure"), self.preset.measured)
+        if family not in self._measured:
+            pairs = self.split("measure")
+            pairs = pairs[self.format(family).encode_pairs(pairs).kept]
+            sizes = pairs.groupby("prompt_id", sort=False).size().cumsum()
+            few = pairs.prompt_id.isin(sizes.index[sizes <= self.preset.measured])
+            pairs = pairs[few].reset_index(drop=True)
+            preferences.check_folds(pairs, self.preset.folds)
+            self._measured[family] = pairs, content_hash(pairs[["prompt", "chosen", "rejected"]])
+        return self._measured[family][0]
 
-    def _fitting(self, family, pairs, most):
-        fits = self.format(family).encode_pairs(pairs).kept
-        pairs = pairs[fits]
-        sizes = pairs.groupby("prompt_id", sort=False).size().cumsum()
-        pairs = pairs[pairs.prompt_id.isin(sizes.index[sizes <= most])].reset_index(drop=True)
-        preferences.check_folds(pairs, self.preset.folds)
-        return pairs
+    def _measured_key(self, family: str) -> str:
+        self.measured(family)
+        return self._measured[family][1]
 
     def format(self, family: str) -> preferences.Formatter:
         """The one formatter of a family, for training and for measuring."""
@@ -161,10 +166,6 @@ class Study:
             tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=self.preset.trust_remote_code)
             self._formats[family] = preferences.Formatter(tokenizer, max_length=self.preset.max_length)
         return self._formats[family]
-
-    @cached_property
-    def _formats(self) -> dict:
-        return {}
 
     # --- models -----------------------------------------------------------------------------------------------------
 
@@ -228,7 +229,7 @@ class Study:
             local = _existing(checkpoint)
             if local and (local / "adapter_config.json").exists():
                 return Source(parent, str(local), content_hash(local))
-            return Source(str(local or checkpoint), None, content_hash(local) if local else checkpoint, parent)
+            return Source(str(local or checkpoint), None, content_hash(local) if local else checkpoint)
         made = self.variant(variant)
         return Source(parent, str(made.path), made.key)
 
@@ -239,8 +240,8 @@ class Study:
         found = self.preset.checkpoints.get(f"{family}:{method}") or self.preset.checkpoints.get(family)
         return found.format(method=presets.SPELLING.get(method, method)) if found else None
 
-    def load(self, variant: Variant, *, merge: bool = True):
-        """(model, tokenizer) of a variant; with ``merge`` off an adapter stays one that can be switched off."""
+    def load(self, variant: Variant):
+        """(model, tokenizer) of a variant, an adapter merged into its base."""
         from . import models
 
         source = self.source(variant)
@@ -249,7 +250,6 @@ class Study:
             source.adapter,
             device=self.device,
             trust_remote_code=self.preset.trust_remote_code,
-            merge=merge,
         )
 
     def recipe(self, method: str, seed: int):
@@ -407,16 +407,16 @@ class Study:
 
     def behavior(self, variant: Variant) -> pd.DataFrame:
         """Log-probabilities and samples of one model on the measured pairs, one row a pair."""
-        from . import behavior, models
+        from . import behavior
 
         p = self.preset
         pairs = self.measured(variant.family)
         judged = self.tiny_world or self.needs_reward_model
 
         def make(folder: Path) -> dict:
-            source = self.source(variant)
-            model, _ = self.load(variant, merge=False)
-            reference = models.load(source.reference, device=self.device)[0] if source.reference else None
+            model, _ = self.load(variant)
+            # A merged model samples about twice as fast as one with its adapter beside it, so the base is loaded too.
+            reference = self.load(Variant(variant.family, "base"))[0] if variant.method != "base" else None
             table = behavior.measure(
                 model, self.format(variant.family), pairs, self.judge(variant.family) if judged else None,
                 reference=reference, sampled=p.sampled, response_tokens=p.response_tokens,
@@ -425,7 +425,7 @@ class Study:
             store.write_table(folder / "behavior.parquet", table)
             return {}
 
-        inputs = {"model": self.source(variant).key, "pairs": content_hash(pairs[["prompt", "chosen", "rejected"]])}
+        inputs = {"model": self.source(variant).key, "pairs": self._measured_key(variant.family)}
         if self.needs_reward_model:
             inputs["judge"] = self._reward_key(variant.family, 0)
         parameters = {"sampled": p.sampled, "tokens": p.response_tokens, "seed": variant.seed, "max": p.max_length}
@@ -437,23 +437,22 @@ class Study:
     def probes(self, variant: Variant) -> Artifact:
         """All probe tables of one model.
 
-        Tables: ``grouped``, ``published`` (``probes.fit_layers`` under each protocol), ``null`` (permuted signs),
-        ``selectivity``, and for variants ``transfer`` against the base. Arrays ``scores``: out-of-fold scores.
+        Tables: ``grouped``, ``published`` (``probes.fit_layers`` under each protocol); for a base ``null_grouped`` and
+        ``null_published`` (permuted signs), for a variant ``transfer`` against its base. ``scores.safetensors`` holds
+        out-of-fold scores, labels, folds and pairs of both protocols.
         """
         from . import probes
 
         p = self.preset
-        own = self.activations(variant)
-        groups = own.prompt_id
-        base = self.activations(Variant(variant.family, "base")) if variant.method != "base" else None
+        base = Variant(variant.family, "base") if variant.method != "base" else None
 
         def make(folder: Path) -> dict:
-            sides = (own.chosen, own.rejected, groups)
+            own = self.activations(variant)
+            sides = (own.chosen, own.rejected, own.prompt_id)
             draws = {"folds": p.folds, "bootstrap": p.bootstrap}
             tables = {
                 "grouped": probes.fit_layers(*sides, protocol="grouped", **draws),
                 "published": probes.fit_layers(*sides, protocol="published", **draws),
-                "selectivity": probes.selectivity(*sides, bootstrap=p.bootstrap, folds=p.folds),
             }
             if base is None:
                 for protocol in ("grouped", "published"):
@@ -462,7 +461,7 @@ class Study:
                     )
                     tables[f"null_{protocol}"] = null.assign(layer=own.layers)
             else:
-                tables["transfer"] = probes.transfer(base, own, groups, **draws)
+                tables["transfer"] = probes.transfer(self.activations(base), own, own.prompt_id, **draws)
             for name, table in tables.items():
                 store.write_table(folder / f"{name}.parquet", table.assign(layer=own.layers))
             arrays = {}
@@ -475,7 +474,7 @@ class Study:
 
         inputs = {"activations": self._activations_key(variant)}
         if base is not None:
-            inputs["base"] = self._activations_key(Variant(variant.family, "base"))
+            inputs["base"] = self._activations_key(base)
         parameters = {"folds": p.folds, "bootstrap": p.bootstrap}
         if base is None:
             parameters["permutations"] = p.permutations
@@ -485,8 +484,8 @@ class Study:
 
     def _activations_key(self, variant: Variant) -> str:
         p = self.preset
-        pairs = self.measured(variant.family)[["prompt", "chosen", "rejected"]]
-        return content_hash([self.source(variant).key, content_hash(pairs), p.position, list(p.layers_measured)])
+        pairs = self._measured_key(variant.family)
+        return content_hash([self.source(variant).key, pairs, p.position, list(p.layers_measured)])
 
     def ship(self, folder: str | Path) -> int:
         """Copy all bases, reward models and variants of this study into a store to ship; returns how many."""

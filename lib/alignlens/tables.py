@@ -146,7 +146,7 @@ def examples(study: Study, family: str, prompts: int = 3) -> pd.DataFrame:
 
 
 def probe_table(study: Study, name: str, *, base: bool = True) -> pd.DataFrame:
-    """One probe table of all models ("grouped", "published", "selectivity", "transfer"), with family, method, seed."""
+    """One probe table of all models ("grouped", "published", "transfer"), with family, method, seed."""
     return collect(study, lambda v: study.probes(v).table(f"{name}.parquet"), study.variants(base=base))
 
 
