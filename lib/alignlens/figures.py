@@ -420,13 +420,13 @@ def transfer_matrix(table: pd.DataFrame, layers: dict[str, int]):
     }
     families = _families(table)
     figure, axes = _grid(1, len(families), 3.9, 3.6, sharey=True)
-    low = table[list(columns)].to_numpy().min()
+    high = table[list(columns)].to_numpy().max()
     for axis, family in zip(axes.flat, families, strict=True):
         rows = table[(table.family == family) & (table.layer == layers[family])].set_index("method")
         rows = rows.loc[_order(rows.index)]
         sns.heatmap(
             rows[list(columns)].rename(columns=columns), annot=True, fmt=".3f", cmap="cividis",
-            vmin=min(0.5, low), vmax=1,
+            vmin=0.5, vmax=high,
             cbar=axis is axes.flat[-1], ax=axis, annot_kws={"size": 7.5}, linewidths=0.5,
         )  # fmt: skip
         axis.set(title=f"{family}, layer {layers[family]}", ylabel="")
