@@ -89,8 +89,8 @@ class Preset:
     reward_share: float = 0.2
     measure_share: float = 0.2
     split_seed: int = 0
-    measured: int = 480
-    sampled: int = 240
+    measured: int = 400
+    sampled: int = 200
 
     layers: int = 6
     d_model: int = 96

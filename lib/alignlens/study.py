@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing import get_context, parent_process
@@ -505,23 +506,22 @@ class Study:
         Shows one progress bar with what is being made. Later calls find everything in the store.
         """
         p = self.preset
-        tiny = [f for f in self.families if p.families[f].startswith("tiny:")]
-        plan: list[tuple[str, str, tuple]] = [("base", "base", (f,)) for f in tiny]
-        self._run(plan)
-        wanted = {
-            "variants": [("variant", "variant", (v,)) for v in self._slowest_first()],
-            "behavior": [("behavior", "behavior", (v,)) for v in self.variants()],
-            "probes": [("activations and probes", "probes", (v,)) for v in self.variants()],
-        }
+        bases = [f for f in self.families if p.families[f].startswith("tiny:")]
+        plan = [[("base", "base", (f,)) for f in bases]]
         if self.needs_reward_model and "variants" in stages:
-            self._run([("reward model", "reward_model", (f, s)) for f in self.families for s in p.seeds])
+            plan.append([("reward model", "reward_model", (f, s)) for f in self.families for s in p.seeds])
         for stage in stages:
-            if stage not in wanted:
-                raise PresetError(f"stage {stage!r} is unknown; choose from {', '.join(wanted)}")
-            tasks = wanted[stage]
-            if stage == "probes":  # a base's streams are an input of all its variants' transfer
-                self._run(tasks[:0] + [t for t in tasks if t[2][0].method == "base"])
-            self._run(tasks)
+            if stage == "variants":
+                plan.append([("variant", "variant", (v,)) for v in self._slowest_first()])
+            elif stage == "behavior":
+                plan.append([("behavior", "behavior", (v,)) for v in self.variants()])
+            elif stage == "probes":  # a base's streams are an input of all its variants' transfer
+                tasks = [("activations and probes", "probes", (v,)) for v in self.variants()]
+                plan.append([t for t in tasks if t[2][0].method == "base"])
+                plan.append([t for t in tasks if t[2][0].method != "base"])
+            else:
+                raise PresetError(f"stage {stage!r} is unknown; choose from variants, behavior, probes")
+        self._run(plan)
 
     @property
     def needs_reward_model(self) -> bool:
@@ -546,33 +546,32 @@ class Study:
             return self.preset.jobs
         return 1 if self.device != "cpu" else min(2, os.cpu_count() or 1)
 
-    def _run(self, tasks: list[tuple[str, str, tuple]]) -> None:
-        if not tasks:
-            return
+    def _run(self, plan: list[list[tuple[str, str, tuple]]]) -> None:
+        """Make each step's tasks (what, method of this class, arguments), all of a step before the next."""
         from tqdm.auto import tqdm
 
-        bar = tqdm(total=len(tasks), disable=not self.progress, file=sys.stdout, leave=True)
-        with bar:
-            if self.jobs == 1 or len(tasks) == 1:
-                for what, method, arguments in tasks:
-                    bar.set_description(f"{what} {_name(arguments)}")
-                    _work(self.preset, method, arguments, self)
-                    bar.update()
-                return
-            with ProcessPoolExecutor(self.jobs, mp_context=get_context("spawn"), initializer=_start_worker) as pool:
-                futures = {
-                    pool.submit(_work, self.preset, method, arguments): (what, arguments)
-                    for what, method, arguments in tasks
-                }
+        total = sum(map(len, plan))
+        with (
+            tqdm(total=total, disable=not self.progress or not total, file=sys.stdout) as bar,
+            self._pool(total) as pool,
+        ):
+            for tasks in plan:
+                futures = {pool.submit(_work, self.preset, *task[1:]): task for task in tasks} if pool else {}
                 try:
-                    for future in as_completed(futures):
-                        future.result()
-                        what, arguments = futures[future]
+                    for done in as_completed(futures) if pool else tasks:
+                        what, method, arguments = futures[done] if pool else done
                         bar.set_description(f"{what} {_name(arguments)}")
+                        done.result() if pool else getattr(self, method)(*arguments)
                         bar.update()
                 except BaseException:
-                    pool.shutdown(cancel_futures=True)
+                    if pool:
+                        pool.shutdown(cancel_futures=True)
                     raise
+
+    def _pool(self, tasks: int):
+        if self.jobs == 1 or tasks < 2:
+            return nullcontext()
+        return ProcessPoolExecutor(self.jobs, mp_context=get_context("spawn"), initializer=_start_worker)
 
 
 def _start_worker() -> None:
@@ -594,10 +593,9 @@ def _one_thread() -> None:
 _studies: dict[str, Study] = {}
 
 
-def _work(preset: Preset, method: str, arguments: tuple, study: Study | None = None) -> None:
-    if study is None:
-        key = repr(preset)
-        study = _studies.setdefault(key, Study(preset, progress=False))
+def _work(preset: Preset, method: str, arguments: tuple) -> None:
+    """One task in a worker; what it makes goes to the store, so nothing is sent back."""
+    study = _studies.setdefault(repr(preset), Study(preset, progress=False))
     getattr(study, method)(*arguments)
 
 
