@@ -6,6 +6,7 @@ import os
 import time
 from pathlib import Path
 
+import nbformat
 import papermill
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
@@ -47,6 +48,10 @@ def run(name: str, parameters: dict, *, folder: str | Path | None = None) -> Pat
             f"{name}.ipynb stopped in cell {error.exec_count}: {error.ename}: {error.evalue}. "
             f"Open {os.path.relpath(failed)} to see where"
         ) from None
+    # Papermill notes full paths; the copy is to be read anywhere.
+    done = nbformat.read(failed, as_version=4)
+    done.metadata.papermill.update(input_path=f"notebooks/{name}.ipynb", output_path=f"{preset.name}/{name}.ipynb")
+    nbformat.write(done, failed)
     os.replace(failed, target)
     print(f"{time.perf_counter() - start:.0f} s", flush=True)
     return target
