@@ -71,7 +71,8 @@ def test_the_smoke_run_finds_what_it_must(executed):
     behaviour = pd.read_csv(executed / "behaviour.csv").set_index(["method", "measure"]).value
     assert behaviour["base", "kl"] == 0 < behaviour["dpo", "kl"]
     floors = pd.read_csv(executed / "noise_floors.csv").set_index("protocol").floor
-    assert floors["published"] > 0.75 > floors["grouped"]
+    assert floors["published"] > 0.65
+    assert abs(floors["grouped"] - 0.5) < 0.06, "a mean of ten draws"
     contrast = pd.read_csv(executed / "data_matters.csv")
     assert contrast[contrast.protocol == "grouped"].auroc_leaked.isna().all()
     assert contrast[contrast.protocol == "published"].auroc_leaked.mean() > 0.85
