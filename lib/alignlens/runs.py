@@ -48,13 +48,22 @@ def run(name: str, parameters: dict, *, folder: str | Path | None = None) -> Pat
             f"{name}.ipynb stopped in cell {error.exec_count}: {error.ename}: {error.evalue}. "
             f"Open {os.path.relpath(failed)} to see where"
         ) from None
-    # Papermill notes full paths; the copy is to be read anywhere.
-    done = nbformat.read(failed, as_version=4)
-    done.metadata.papermill.update(input_path=f"notebooks/{name}.ipynb", output_path=f"{preset.name}/{name}.ipynb")
-    nbformat.write(done, failed)
+    _tidy(failed, name, preset.name)
     os.replace(failed, target)
     print(f"{time.perf_counter() - start:.0f} s", flush=True)
     return target
+
+
+def _tidy(path: Path, name: str, preset: str) -> None:
+    """Make an executed copy readable anywhere: no full paths, and of a progress bar only what was left standing."""
+    done = nbformat.read(path, as_version=4)
+    done.metadata.papermill.update(input_path=f"notebooks/{name}.ipynb", output_path=f"{preset}/{name}.ipynb")
+    for cell in done.cells:
+        for output in cell.get("outputs", []):
+            if output.output_type == "stream":
+                lines = [line.rsplit("\r", 1)[-1] for line in output.text.split("\n")]
+                output.text = "\n".join(lines)
+    nbformat.write(done, path)
 
 
 def given(names: dict) -> dict:

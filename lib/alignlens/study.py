@@ -10,6 +10,7 @@ import dataclasses
 import os
 import sys
 import threading
+import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -126,7 +127,7 @@ class Study:
             source = str(local) if local else p.pairs
         loaded = preferences.load_pairs(source, limit=p.limit, max_chars=p.max_chars, on_bad=p.on_bad)
         split = preferences.split_by_prompt(loaded, reward=p.reward_share, measure=p.measure_share, seed=p.split_seed)
-        split.attrs["report"] = loaded.attrs["report"]
+        split.attrs["report"] = loaded.attrs["report"] | ({"source": "tiny world"} if self.tiny_world else {})
         return split
 
     def split(self, name: str) -> pd.DataFrame:
@@ -548,25 +549,29 @@ class Study:
 
     def _run(self, plan: list[list[tuple[str, str, tuple]]]) -> None:
         """Make each step's tasks (what, method of this class, arguments), all of a step before the next."""
-        from tqdm.auto import tqdm
+        # A plain bar, not a widget: widgets stand at 0 % for ever in an executed copy.
+        from tqdm import tqdm
 
-        total = sum(map(len, plan))
-        with (
-            tqdm(total=total, disable=not self.progress or not total, file=sys.stdout) as bar,
-            self._pool(total) as pool,
-        ):
+        total, start = sum(map(len, plan)), time.perf_counter()
+        bar = tqdm(total=total, disable=not self.progress or not total, file=sys.stdout, leave=False)
+        with bar, self._pool(total) as pool:
             for tasks in plan:
                 futures = {pool.submit(_work, self.preset, *task[1:]): task for task in tasks} if pool else {}
                 try:
                     for done in as_completed(futures) if pool else tasks:
                         what, method, arguments = futures[done] if pool else done
                         bar.set_description(f"{what} {_name(arguments)}")
-                        done.result() if pool else getattr(self, method)(*arguments)
+                        if pool:
+                            done.result()
+                        else:
+                            getattr(self, method)(*arguments)
                         bar.update()
                 except BaseException:
                     if pool:
                         pool.shutdown(cancel_futures=True)
                     raise
+        if self.progress and total:
+            print(f"{total} results ready after {time.perf_counter() - start:.0f} s (made, or found in the store)")
 
     def _pool(self, tasks: int):
         if self.jobs == 1 or tasks < 2:
