@@ -75,7 +75,8 @@ def test_the_smoke_run_finds_what_it_must(executed):
     assert abs(floors["grouped"] - 0.5) < 0.06, "a mean of ten draws"
     contrast = pd.read_csv(executed / "data_matters.csv")
     assert contrast[contrast.protocol == "grouped"].auroc_leaked.isna().all()
-    assert contrast[contrast.protocol == "published"].auroc_leaked.mean() > 0.85
+    leaked = contrast[contrast.protocol == "published"].auroc_leaked
+    assert leaked.mean() > contrast[contrast.protocol == "grouped"].auroc.mean() + 0.1
 
 
 def test_a_mistyped_parameter_stops_the_run(tmp_path):
