@@ -6,7 +6,6 @@ response. Prompts and responses arrive as token ids, made by one ``preferences.F
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from contextlib import contextmanager, nullcontext
@@ -460,7 +459,3 @@ def rewards(reward_model, prompts, responses, *, pad_id: int, batch_size: int = 
         logits = reward_model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
         out[rows] = logits[:, 0].double().cpu().numpy()
     return out
-
-
-def read_json(path: str | Path) -> dict:
-    return json.loads(Path(path).read_text())

@@ -600,8 +600,10 @@ _studies: dict[str, Study] = {}
 
 def _work(preset: Preset, method: str, arguments: tuple) -> None:
     """One task in a worker; what it makes goes to the store, so nothing is sent back."""
-    study = _studies.setdefault(repr(preset), Study(preset, progress=False))
-    getattr(study, method)(*arguments)
+    key = repr(preset)
+    if key not in _studies:
+        _studies[key] = Study(preset, progress=False)
+    getattr(_studies[key], method)(*arguments)
 
 
 def _name(arguments) -> str:
