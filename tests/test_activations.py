@@ -1,4 +1,10 @@
-"""Activations equal the model's own hidden states, whatever the batch, the padding or the order."""
+"""Activations equal the model's own hidden states, whatever the batch, the padding or the order; so do those of tokens.
+
+Replacing streams by themselves changes nothing.
+"""
+
+import copy
+import json
 
 import numpy as np
 import pandas as pd
@@ -8,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config, SmolLM3Config
 
 from alignlens import activations
-from alignlens.activations import Activations, bridge, estimate, read
+from alignlens.activations import Activations, Tokens, bridge, estimate, high_norm, read, read_tokens, spliced_loss
 from alignlens.errors import ActivationError
 from alignlens.preferences import Formatter
 
@@ -74,7 +80,8 @@ def pairs():
 
 def random_model(family, **overrides):
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIGS[family], **overrides).eval()
+    config = copy.deepcopy(CONFIGS[family])  # from_config writes its dtype into the config
+    return AutoModelForCausalLM.from_config(config, **overrides).eval()
 
 
 @pytest.fixture(scope="module", params=list(CONFIGS))
@@ -283,3 +290,282 @@ def test_a_large_result_goes_to_a_file(llama, tokenizer, pairs, monkeypatch):
     monkeypatch.setattr(activations, "MEMORY_LIMIT", 100)
     outside = read(llama, tokenizer, pairs, progress=True)
     assert isinstance(outside.chosen, np.memmap) and np.array_equal(outside.chosen, inside.chosen)
+
+
+# Tokens
+
+ARRAYS = ("streams", "token_id", "row", "side", "place", "kept", "prompt_id")
+
+
+@pytest.fixture
+def single(monkeypatch):
+    """Streams in float32 from the start, where half precision would hide small differences."""
+    monkeypatch.setattr(activations, "HALF_LIMIT", 0)
+
+
+def equal(one, other):
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ARRAYS)
+
+
+def test_tokens_equal_hidden_states_of_transformers(model, tokenizer, pairs, single):
+    """Every response token, the end of turn included, in the order of rows, sides and places; each response once."""
+    found = read_tokens(model, tokenizer, pairs, batch_size=3)
+    encoded = Formatter(tokenizer).encode_pairs(pairs)
+    streams, index, seen = [], [], set()
+    for row, (prompt, *responses) in enumerate(
+        zip(encoded.prompt_ids, encoded.chosen_ids, encoded.rejected_ids, strict=True)
+    ):
+        for side, response in enumerate(responses):
+            if (*prompt, *response) not in seen:
+                seen.add((*prompt, *response))
+                streams.append(hidden_states(model, prompt + response)[:, len(prompt) :].swapaxes(0, 1))
+                index += [(token, row, side, place) for place, token in enumerate(response)]
+                assert response[-1] == tokenizer.eos_token_id
+    expected = np.concatenate(streams)
+    assert np.abs(found.streams - expected).max() <= 1e-5 * np.abs(expected).max()
+    columns = (found.token_id, found.row, found.side, found.place)
+    assert list(zip(*columns, strict=True)) == index
+    assert [column.dtype.name for column in columns] == ["int32", "int32", "int8", "int32"]
+    assert found.prompt_id.tolist() == pairs.prompt_id.tolist() and found.kept.all()
+    report = found.report
+    assert (report["tokens"], report["sequences"]) == (len(index), 9) and report["bytes"] == expected.nbytes
+
+
+def test_the_last_token_is_what_read_gives(llama, tokenizer, pairs, single):
+    found, last = read_tokens(llama, tokenizer, pairs), read(llama, tokenizer, pairs)
+    ends = np.append(np.diff(found.place) <= 0, True)
+    for side, name in enumerate(("chosen", "rejected")):
+        here = ends & (found.side == side)
+        assert np.abs(found.streams[here] - getattr(last, name)[found.row[here]]).max() <= 1e-5
+
+
+@pytest.mark.parametrize("batch_size, side", [(2, "left"), (2, "right"), (32, "left")])
+def test_tokens_do_not_depend_on_batches(model, tokenizer, pairs, single, batch_size, side):
+    alone = read_tokens(model, tokenizer, pairs, batch_size=1)
+    other = read_tokens(model, tokenizer, pairs, batch_size=batch_size, padding_side=side)
+    assert np.abs(other.streams - alone.streams).max() <= 1e-5 * np.abs(alone.streams).max()
+    other.streams = alone.streams
+    assert equal(other, alone)
+
+
+def test_tokens_of_chosen_layers(llama, tokenizer, pairs):
+    every, some = read_tokens(llama, tokenizer, pairs), read_tokens(llama, tokenizer, pairs, layers=[2, 0])
+    assert some.layers == [2, 0] and np.array_equal(some.streams, every.streams[:, [2, 0]])
+    assert np.shares_memory(some.at(0), some.streams) and np.array_equal(some.at(0), every.streams[:, 0])
+    with pytest.raises(ActivationError, match="layer 1"):
+        some.at(1)
+
+
+def test_a_limit_takes_whole_pairs_in_order(llama, tokenizer, pairs):
+    """Pair 2 shares an answer with pair 0, which is not counted twice; a later pair that would fit is not taken."""
+    whole = read_tokens(llama, tokenizer, pairs, layers=[0])
+    sizes = np.bincount(whole.row)
+    for limit in (sizes[:3].sum(), sizes[:4].sum() - 1):
+        some = read_tokens(llama, tokenizer, pairs, layers=[0], limit=limit)
+        assert np.array_equal(some.streams, whole.streams[: sizes[:3].sum()])
+        assert some.kept.tolist() == [True] * 3 + [False] * 2 and some.prompt_id.tolist() == ["p0", "p1", "p0"]
+        assert (some.report["kept"], some.report["beyond_limit"]) == (3, 2)
+    with pytest.raises(ActivationError, match=f"first pair alone has {sizes[0]} response tokens"):
+        read_tokens(llama, tokenizer, pairs, limit=sizes[0] - 1)
+
+
+def test_dropped_pairs_have_no_row(llama, tokenizer, pairs):
+    longest = Formatter(tokenizer).encode_pairs(pairs).report["longest_tokens"]
+    found = read_tokens(llama, tokenizer, pairs, max_length=longest - 1, layers=[0])
+    alone = read_tokens(llama, tokenizer, pairs[found.kept], layers=[0])
+    assert 0 < found.kept.sum() < 5 and found.report["overlong_response"] > 0
+    assert found.prompt_id.tolist() == pairs.prompt_id[found.kept].tolist()
+    assert np.array_equal(found.row, alone.row) and np.array_equal(found.streams, alone.streams)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_streams_are_half_precision_until_a_value_needs_more(tokenizer, pairs, tmp_path, monkeypatch, on_disk):
+    """The value that needs more comes in a later batch, when others are already written."""
+    model, folder = random_model("llama"), tmp_path if on_disk else None
+    pairs = pairs.assign(chosen=[*pairs.chosen[:4], "#"])  # the shortest sequence is run last
+    half = read_tokens(model, tokenizer, pairs, layers=[0], batch_size=1)
+    monkeypatch.setattr(activations, "HALF_LIMIT", 0)
+    single = read_tokens(model, tokenizer, pairs, layers=[0], batch_size=1)
+    assert (half.report["dtype"], single.report["dtype"]) == (half.streams.dtype, single.streams.dtype)
+    assert half.streams.dtype == np.float16 and np.array_equal(half.streams, single.streams.astype(np.float16))
+    monkeypatch.undo()
+    rare = Formatter(tokenizer).encode_pairs(pairs).chosen_ids[4][0]
+    model.model.embed_tokens.weight.data[rare] *= 1e6
+    large = read_tokens(model, tokenizer, pairs, layers=[0], batch_size=1, folder=folder)
+    assert large.streams.dtype == np.float32 and np.abs(large.streams).max() > 65504
+    early = large.row < 4  # written in half precision before
+    assert np.array_equal(large.streams[early], half.streams[early])
+
+
+def test_tokens_saved_loaded_and_streamed_are_the_same(llama, tokenizer, pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(activations, "CHUNK_BYTES", 1000)  # copied in several pieces
+    found = read_tokens(llama, tokenizer, pairs)
+    streamed = read_tokens(llama, tokenizer, pairs, folder=tmp_path, progress=True)
+    assert isinstance(streamed.streams, np.memmap) and equal(streamed, found) and streamed.report == found.report
+    streamed.save(tmp_path)  # over the file that it is mapped from
+    assert equal(streamed, found) and equal(Tokens.load(tmp_path), found)
+    (other := tmp_path / "other").mkdir()
+    found.save(other)
+    again = Tokens.load(other)
+    assert isinstance(again.streams, np.memmap) and equal(again, found)
+    assert (again.layers, again.report) == (found.layers, found.report)
+    from safetensors.numpy import load_file  # others read the file too
+
+    assert np.array_equal(load_file(other / "tokens.safetensors")["streams"], found.streams)
+    assert sorted(path.name for path in other.iterdir()) == ["tokens.json", "tokens.safetensors"]
+
+
+def test_damaged_tokens_are_refused(llama, tokenizer, pairs, tmp_path):
+    read_tokens(llama, tokenizer, pairs, layers=[0], folder=tmp_path)
+    facts, arrays = tmp_path / "tokens.json", tmp_path / "tokens.safetensors"
+    whole = json.loads(facts.read_text())
+    facts.write_text(json.dumps(whole | {"layers": [0, 1]}))
+    with pytest.raises(ActivationError, match="2 layers"):
+        Tokens.load(tmp_path)
+    facts.write_text(json.dumps(whole))
+    arrays.write_bytes(arrays.read_bytes()[:-1])
+    with pytest.raises(ActivationError, match="no readable tokens"):
+        Tokens.load(tmp_path)
+    with pytest.raises(ActivationError, match="no readable tokens"):
+        Tokens.load(tmp_path / "nothing")
+
+
+def test_bad_tokens_are_refused_and_leave_no_file(tokenizer, pairs, tmp_path, monkeypatch):
+    model = random_model("llama")
+    encoded = Formatter(tokenizer).encode_pairs(pairs)
+    others = encoded.prompt_ids + encoded.rejected_ids + encoded.chosen_ids[:3] + encoded.chosen_ids[4:]
+    token = min(set(encoded.chosen_ids[3]).difference(*others))
+    model.model.embed_tokens.weight.data[token] = torch.inf
+    with pytest.raises(ActivationError, match=r"after block 0 in \d+ of \d+ tokens .*row 1 \(prompt_id p2\)"):
+        read_tokens(model, tokenizer, pairs.iloc[2:], folder=tmp_path)
+    with pytest.raises(ActivationError, match="does not exist"):
+        read_tokens(model, tokenizer, pairs, folder=tmp_path / "nothing")
+    monkeypatch.setattr(activations.shutil, "disk_usage", lambda folder: type("usage", (), {"free": 10}))
+    with pytest.raises(ActivationError, match="do not fit into"):
+        read_tokens(model, tokenizer, pairs, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_high_norm_finds_the_planted_tokens(dtype, monkeypatch):
+    x = np.random.default_rng(0).normal(size=(500, 2, 16)).astype(dtype)
+    x[[3, 80], [0, 1]] *= 1000  # their squares overflow float16
+    monkeypatch.setattr(activations, "CHUNK_BYTES", 999)
+    assert np.flatnonzero(high_norm(x)).tolist() == [3, 80]
+    assert np.flatnonzero(high_norm(x[:, 1])).tolist() == [80]
+    assert not high_norm(x, factor=1e4).any()
+    x[7, 1, 0] = np.nan
+    with pytest.raises(ActivationError, match="token 7"):
+        high_norm(x)
+
+
+# Splicing
+
+
+@pytest.fixture(scope="module")
+def spliced(micro):
+    """The trained micro base, its bridge, its format and some of its pairs."""
+    model = AutoModelForCausalLM.from_pretrained(micro.folder, dtype=torch.float32).eval()
+    return model, bridge(model), micro.format, micro.heldout[:8]
+
+
+def own_loss(model, prompt, response, layer=None, change=None):
+    """Mean nats by transformers of the predictions made from response tokens of one sequence, without padding."""
+
+    def hook(module, args, output):
+        stream = output[0] if isinstance(output, tuple) else output
+        stream[:, len(prompt) :] = change(stream[:, len(prompt) :])
+
+    handle = model.model.layers[layer].register_forward_hook(hook) if change else None
+    ids = torch.tensor([prompt + response])
+    labels = ids.clone()
+    labels[:, : len(prompt) + 1] = -100  # the first response token is predicted from the prompt
+    with torch.inference_mode():
+        loss = model(ids, labels=labels).loss.item()
+    if handle:
+        handle.remove()
+    return loss
+
+
+def test_spliced_loss_equals_that_of_transformers(spliced):
+    """Clean, and with a change made in transformers' own forward pass."""
+    model, bridged, formatter, pairs = spliced
+    change = lambda x: 0.5 * x.flip(-1) + 0.1  # noqa: E731
+    replacements = {"clean": None, "same": lambda s: s, "change": lambda s: {"base": change(s["base"])}}
+    found = spliced_loss({"base": bridged}, formatter, pairs, 0, replacements)
+    assert list(found.columns) == ["replacement", "model", "prompt_id", "tokens", "loss"]
+    encoded = formatter.encode_pairs(pairs)
+    for name, how in (("clean", None), ("same", None), ("change", change)):
+        rows = found[found.replacement == name]
+        assert rows.prompt_id.tolist() == pairs.prompt_id.tolist()
+        for row, prompt, response in zip(rows.itertuples(), encoded.prompt_ids, encoded.chosen_ids, strict=True):
+            assert row.tokens == len(response) - 1
+            assert row.loss == pytest.approx(own_loss(model, prompt, response, 0, how), abs=1e-5)
+    losses = found.groupby("replacement").loss.mean()
+    assert losses["change"] > losses["clean"] + 0.1 and not any(p.fwd_hooks for p in bridged.hook_dict.values())
+
+
+def test_the_loss_of_zeros_is_known_at_the_last_block(spliced):
+    """Nothing in the last stream: every token is equally likely. In an earlier one attention still sees the prompt."""
+    model, bridged, formatter, pairs = spliced
+    zeros = {"clean": None, "zero": lambda s: {name: x.mul_(0) for name, x in s.items()}, "same": lambda s: s}
+    for layer in (0, 1, -1):
+        found = spliced_loss({"base": bridged}, formatter, pairs, layer, zeros, sides=("chosen", "rejected"))
+        loss = found.pivot_table(index="prompt_id", columns="replacement", values="loss", sort=False)
+        assert (loss.zero > loss.clean).all() and np.allclose(loss.same, loss.clean, atol=1e-5, rtol=0)
+        if layer:
+            assert np.allclose(loss.zero, np.log(model.config.vocab_size), atol=1e-5)
+
+
+def test_models_are_spliced_together(spliced):
+    """Streams of all models are those of the same tokens; with each other's last streams, models swap their losses."""
+    model, bridged, formatter, pairs = spliced
+    torch.manual_seed(0)
+    moved = AutoModelForCausalLM.from_config(model.config)
+    moved.load_state_dict(model.state_dict())
+    for weight in moved.model.layers.parameters():  # the norm and the head after the last block stay the same
+        weight.data += 0.05 * torch.randn_like(weight)
+    models = {"base": bridged, "aligned": bridge(moved)}
+    swap = {"clean": None, "swap": lambda s: {"base": s["aligned"], "aligned": s["base"]}}
+    found = spliced_loss(models, formatter, pairs, 1, swap)
+    assert len(found) == 2 * 2 * len(pairs)
+    loss = {key: rows.loss.to_numpy() for key, rows in found.groupby(["replacement", "model"])}
+    assert np.abs(loss["clean", "base"] - loss["clean", "aligned"]).min() > 1e-4
+    assert np.allclose(loss["swap", "base"], loss["clean", "aligned"], atol=1e-5, rtol=0)
+    assert np.allclose(loss["swap", "aligned"], loss["clean", "base"], atol=1e-5, rtol=0)
+
+
+def test_spliced_loss_does_not_depend_on_batches(model, tokenizer, pairs):
+    """Of every architecture, also for a response that two rows share: it is measured once."""
+    bridged, formatter = {"base": bridge(model)}, Formatter(tokenizer)
+    half = {"clean": None, "half": lambda s: {"base": s["base"] / 2}}
+    both = {"sides": ("chosen", "rejected")}
+    alone = spliced_loss(bridged, formatter, pairs, 1, half, batch_size=1, **both)
+    assert len(alone) == 2 * 9
+    for batch_size, side in ((2, "left"), (4, "right"), (32, "left")):
+        found = spliced_loss(bridged, formatter, pairs, 1, half, batch_size=batch_size, padding_side=side, **both)
+        assert np.allclose(found.pop("loss"), alone.loss, rtol=1e-5, atol=0)
+        assert found.equals(alone.drop(columns="loss"))
+
+
+def test_splices_that_cannot_be_made_are_refused(tokenizer, pairs):
+    model = random_model("llama")
+    bridged, formatter = bridge(model, own=True), Formatter(tokenizer)
+
+    def splice(layer=0, replace=None, sides=("chosen",)):
+        return spliced_loss({"base": bridged}, formatter, pairs, layer, {"mine": replace}, sides=sides)
+
+    with pytest.raises(ActivationError, match="layers"):
+        splice(layer=LAYERS)
+    with pytest.raises(ActivationError, match="sides"):
+        splice(sides=("middle",))
+    for wrong in (lambda s: None, lambda s: {}, lambda s: {"base": s["base"][1:]}):
+        with pytest.raises(ActivationError, match="'mine' gave .* return one tensor for each model"):
+            splice(replace=wrong)
+    with pytest.raises(ActivationError, match="'mine' gave NaN"):
+        splice(replace=lambda s: {"base": s["base"] * torch.nan})
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(ActivationError, match=r"'mine' is nan at prompt_id p0 \(5 of 5"):
+        splice()
+    with pytest.raises(ActivationError, match=r"after block 1 .*tokens of base .*row 0 \(prompt_id p0\)"):
+        splice(layer=1)

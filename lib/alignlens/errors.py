@@ -31,3 +31,7 @@ class ActivationError(AlignlensError):
 
 class ProbeError(AlignlensError):
     """A probe was asked for something its data cannot answer."""
+
+
+class DictionaryError(AlignlensError):
+    """A dictionary cannot be trained, read or applied as asked."""
