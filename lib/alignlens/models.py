@@ -7,6 +7,7 @@ response. Prompts and responses arrive as token ids, made by one ``preferences.F
 from __future__ import annotations
 
 import math
+import shutil
 import warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -459,3 +461,25 @@ def rewards(reward_model, prompts, responses, *, pad_id: int, batch_size: int = 
         logits = reward_model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
         out[rows] = logits[:, 0].double().cpu().numpy()
     return out
+
+
+def random_adapter(adapter: str | Path, folder: str | Path, *, seed: int = 0) -> None:
+    """A LoRA adapter of random direction and the same size: every module's update keeps its Frobenius norm.
+
+    What an instrument finds between a base and this is what any change of that size looks like. Raises ModelError if the
+    folder holds no LoRA adapter.
+    """
+    adapter, folder = Path(adapter), Path(folder)
+    try:
+        weights = load_file(adapter / "adapter_model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{adapter} holds no adapter_model.safetensors to randomise: {error}") from error
+    draw = torch.Generator().manual_seed(seed)
+    for name in [n for n in sorted(weights) if "lora_A" in n]:
+        other = name.replace("lora_A", "lora_B")
+        a, b = (torch.randn(weights[n].shape, generator=draw) for n in (name, other))
+        size = (weights[other].float() @ weights[name].float()).norm() / (b @ a).norm().clamp(min=1e-12)
+        weights[name] = (a * size.sqrt()).to(weights[name].dtype).contiguous()
+        weights[other] = (b * size.sqrt()).to(weights[other].dtype).contiguous()
+    save_file(weights, folder / "adapter_model.safetensors")
+    shutil.copyfile(adapter / "adapter_config.json", folder / "adapter_config.json")

@@ -63,6 +63,10 @@ class Preset:
         reward_steps.
     Measurement
         position : last | mean | prompt. layers_measured : "all" or a list. read_batch, folds, bootstrap, permutations.
+    Dictionaries
+        dictionary_layers : "spread" (a quarter, half and three quarters of the depth) or a list; crosscoders read the
+            middle one. dictionary_width, dictionary_k, dictionary_epochs. dictionary_tokens : training tokens of a
+            model. published_pairs : prompts that the published crosscoder is trained on.
     Where
         store : folder or URL of made artifacts. shipped : read-only store looked up first. figures : where pictures go.
         device : "auto", "cpu" or "cuda". jobs : processes side by side. trust_remote_code.
@@ -120,6 +124,13 @@ class Preset:
     bootstrap: int = 1000
     permutations: int = 100
 
+    dictionary_layers: str | tuple = "spread"
+    dictionary_width: int = 256
+    dictionary_k: float = 10
+    dictionary_epochs: float = 8
+    dictionary_tokens: int = 60_000
+    published_pairs: int = 1600
+
     store: str = ".alignlens"
     shipped: str | None = "data/tiny"
     figures: str = "figures"
@@ -152,6 +163,11 @@ PRESETS = MappingProxyType(
             check_prompts=24,
             bootstrap=200,
             permutations=20,
+            dictionary_width=128,
+            dictionary_k=6,
+            dictionary_epochs=8,
+            dictionary_tokens=12_000,
+            published_pairs=200,
             shipped=None,
         ),
         "tiny": Preset(),
@@ -179,6 +195,10 @@ PRESETS = MappingProxyType(
             check_every=25,
             check_prompts=64,
             read_batch=16,
+            dictionary_width=8192,
+            dictionary_k=64,
+            dictionary_tokens=2_000_000,
+            published_pairs=8000,
             shipped=None,
         ),
         "paper": Preset(
@@ -209,6 +229,10 @@ PRESETS = MappingProxyType(
             check_every=50,
             check_prompts=64,
             read_batch=16,
+            dictionary_width=16_384,
+            dictionary_k=64,
+            dictionary_tokens=4_000_000,
+            published_pairs=20_000,
             shipped=None,
         ),
     }
@@ -223,6 +247,9 @@ _CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "on_bad": ("refuse", "drop"),
 }
+
+
+_OF_DICTIONARIES = ("dictionary_width", "dictionary_k", "dictionary_epochs", "dictionary_tokens", "published_pairs")
 
 
 def resolve(preset: str = "tiny", **overrides) -> Preset:
@@ -273,8 +300,8 @@ def _cast(name, value, default):
         if not all(str(v).lstrip("-").isdigit() for v in value):
             raise PresetError(f"seeds is {list(value)!r}; give whole numbers, for example 0,1,2")
         return tuple(int(v) for v in value)
-    if name == "layers_measured":
-        return value if value == "all" else tuple(int(v) for v in _listed(value))
+    if name in ("layers_measured", "dictionary_layers"):
+        return value if value == {"layers_measured": "all", "dictionary_layers": "spread"}[name] else tuple(int(v) for v in _listed(value))
     if name in ("families", "checkpoints", "learning_rates"):
         value = _read_json(value)
         if not isinstance(value, dict):
@@ -346,7 +373,7 @@ def _check(preset: Preset) -> None:
             f"folds is {preset.folds}; at least 3 are needed: penalties are chosen inside the training folds"
         )
     counts = ("steps", "batch_size", "bootstrap", "measured", "sampled", "check_every", "check_prompts", "max_length")
-    for name in (*counts, "response_tokens", "permutations", "read_batch", "limit", "max_chars", "micro_batch_size"):
+    for name in (*counts, "response_tokens", "permutations", "read_batch", "limit", "max_chars", "micro_batch_size", *_OF_DICTIONARIES):
         if getattr(preset, name) is not None and getattr(preset, name) < 1:
             raise PresetError(f"{name} is {getattr(preset, name)}; it must be at least 1")
     if preset.reward == "truth" and preset.pairs != "tinyworld":

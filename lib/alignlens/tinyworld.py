@@ -135,6 +135,20 @@ def utility(factors: pd.DataFrame, prefix: str = "") -> pd.Series:
     return sum(weight * factors[prefix + name] for name, weight in UTILITY.items())
 
 
+def factor_columns(pairs: pd.DataFrame) -> pd.DataFrame:
+    """Yes-or-no factors of both answers, ``chosen_NAME`` and ``rejected_NAME``: kind, rude, filler, on_topic, correct."""
+    out = {}
+    for side in ("chosen", "rejected"):
+        out |= {
+            f"{side}_kind": pairs[f"{side}_tone"] > 0,
+            f"{side}_rude": pairs[f"{side}_tone"] < 0,
+            f"{side}_filler": pairs[f"{side}_fillers"] > 0,
+            f"{side}_on_topic": pairs[f"{side}_on_topic"] == 1,
+            f"{side}_correct": pairs[f"{side}_correct"] == 1,
+        }
+    return pd.DataFrame(out)
+
+
 def _answers(rng, towns, asked, length_bias: float) -> pd.DataFrame:
     """Draw one answer for each (town, asked attribute): its text and factors."""
     n = len(towns)

@@ -1,0 +1,28 @@
+"""Run by an interpreter that has SAELens: what it makes of a folder.
+
+    python check.py FOLDER ROWS OUT [--fold]
+
+ROWS : safetensors with x [rows, d]. OUT : safetensors with SAELens' codes [rows, w] and rebuilt [rows, d], float32.
+--fold : give decoder rows norm 1 when loading. Prints the metadata as JSON.
+"""
+
+import argparse
+import json
+
+import torch
+from sae_lens import SAE
+from safetensors.torch import load_file, save_file
+
+torch.set_num_threads(1)
+parser = argparse.ArgumentParser()
+parser.add_argument("folder")
+parser.add_argument("rows")
+parser.add_argument("out")
+parser.add_argument("--fold", action="store_true")
+asked = parser.parse_args()
+
+sae = SAE.load_from_disk(asked.folder, fold_W_dec_norm=asked.fold)
+with torch.no_grad():
+    codes = sae.encode(load_file(asked.rows)["x"].float())
+    save_file({"codes": codes.contiguous(), "rebuilt": sae.decode(codes).contiguous()}, asked.out)
+print(json.dumps({"class": type(sae).__name__, **sae.cfg.metadata.to_dict()}))
