@@ -69,7 +69,11 @@ class Planted:
         self.frequency = r.rarest * (r.commonest / r.rarest) ** rng.uniform(size=r.features)
         self._group = rng.integers(max(r.groups, 1), size=r.features)
         self._exclusive = np.flatnonzero(np.isin(self.kind, ("base_only", "aligned_only")))
-        self._partner = rng.choice(np.flatnonzero(self.kind == "shared_same"), size=len(self._exclusive))
+        same = np.flatnonzero(self.kind == "shared_same")
+        same = same[np.argsort(self.frequency[same])]
+        # Any partner that fires at least as often (else the commonest): a rarer one could not be there half of the time.
+        first = np.searchsorted(self.frequency[same], self.frequency[self._exclusive]).clip(max=len(same) - 1)
+        self._partner = same[rng.integers(first, len(same))]
         codes = self.codes(20_000, seed=-1)
         self.l0 = float((codes > 0).sum(1).mean())
         self._signal = float(np.sqrt(np.mean([np.square(codes @ rows).sum(1).mean() for rows in self.rows.values()])))
@@ -149,7 +153,9 @@ def score(planted: Planted, rows: dict[str, np.ndarray], table: pd.DataFrame) ->
 INSTRUMENTS = ("alignlens", "l1", "published")
 
 
-def run(regime: str, seed: int, instrument: str, *, samples: int, epochs: float, held_out: int = 50_000) -> pd.DataFrame:
+def run(
+    regime: str, seed: int, instrument: str, *, samples: int, epochs: float, held_out: int = 50_000
+) -> pd.DataFrame:
     """Train one instrument on one planted world and score it: ``score`` with regime, seed, instrument, samples, r2.
 
     instrument : "alignlens" (ours), "l1" (the same with an L1 penalty), "published" (SPARC with its adaptive labels).

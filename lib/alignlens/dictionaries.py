@@ -295,7 +295,8 @@ def train(
     if config.published:
         mean, scale = torch.zeros_like(mean), torch.ones_like(mean)
     else:  # every stream and layer gets the same energy, or the layer with the largest norm would be all that counts
-        energy = [part.sum().clamp(min=1e-12).sqrt() for part in variance.split(sizes)]
+        energy = [part.sum().sqrt() for part in variance.split(sizes)]
+        energy = [e if e > 0 else torch.ones_like(e) for e in energy]  # constant: rounding must not be blown up
         scale = torch.cat([e.expand(size) for e, size in zip(energy, sizes, strict=True)])
     rows = _Rows(joined, mean.float(), scale.float(), device)
     trainer = _Trainer(rows, shapes, config, device)
@@ -720,11 +721,15 @@ def _refit(dictionary: Dictionary, joined: _Joined, scale, order: torch.Tensor, 
         inner = gram[np.ix_(solve, solve)]
         ridge = RIDGE * np.diag(inner)[:-1].mean()
         inner[np.diag_indices(len(live))] += ridge
-        before = np.vstack([ridge * decoder.numpy()[live], np.zeros((1, decoder.shape[1]))])
+        before = (decoder / norms[:, None]).numpy()[live]  # a row as a code of training's units is multiplied with
+        before = np.vstack([ridge * before, np.zeros((1, decoder.shape[1]))])
         solved = np.linalg.solve(inner, product[solve] + before)
         rows = solved[:-1] / np.maximum(np.linalg.norm(solved[:-1], axis=1, keepdims=True), 1e-12)
         decoder[live], bias = torch.from_numpy(rows).float(), torch.from_numpy(solved[-1]).float()
-    return dataclasses.replace(dictionary, decoder=decoder.numpy(), decoder_bias=bias.numpy())
+    # Rows keep norm 1 in training's units, where streams and layers count the same; in their own the codes take it up.
+    stretch = (torch.from_numpy(dictionary.decoder) / scale).norm(dim=1) / (decoder / scale).norm(dim=1)
+    codes = {name: getattr(dictionary, name) * stretch.numpy() for name in ("encoder", "encoder_bias", "threshold")}
+    return dataclasses.replace(dictionary, decoder=decoder.numpy(), decoder_bias=bias.numpy(), **codes)
 
 
 RIDGE = 0.1  # of the mean code energy of a latent

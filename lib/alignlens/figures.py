@@ -28,8 +28,13 @@ STYLE = {
     "kto": ("#D55E00", "-", "X"),
     "sft": ("#5b4a3f", "--", "p"),
     "shuffled": ("#222222", ":", "*"),
+    "self": ("#b8b8b8", "-.", "h"),
+    "seeds": ("#999999", "-.", "<"),
+    "random": ("#777777", "-.", ">"),
 }
-NAMES = presets.SPELLING | {"base": "base", "sft": "SFT (control)", "shuffled": "shuffled (control)"}
+NAMES = presets.SPELLING | {"base": "base", "sft": "SFT (control)", "shuffled": "shuffled (control)"} | {
+    "self": "base with itself (null)", "seeds": "two seeds (null)", "random": "random direction (null)",
+}  # fmt: skip
 CHOSEN, REJECTED = "#0072B2", "#D55E00"
 PROTOCOL = {"grouped": "#009E73", "published": "#7a3e9d"}
 

@@ -167,7 +167,9 @@ def _ratio_at_top(by: np.ndarray, base: np.ndarray, variant: np.ndarray, count: 
 # Examples -------------------------------------------------------------------------------------------------------------
 
 
-def examples(codes: csr_array, tokens, latent: int, *, bands: int = 4, per_band: int = 3, seed: int = 0) -> pd.DataFrame:
+def examples(
+    codes: csr_array, tokens, latent: int, *, bands: int = 4, per_band: int = 3, seed: int = 0
+) -> pd.DataFrame:
     """Tokens at which a latent fires, drawn from each quantile band of its codes, at most one a prompt.
 
     Returns index (into the tokens), band (0 strongest), code. Only the strongest would show it at its most flattering.

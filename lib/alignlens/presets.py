@@ -66,7 +66,8 @@ class Preset:
     Dictionaries
         dictionary_layers : "spread" (a quarter, half and three quarters of the depth) or a list; crosscoders read the
             middle one. dictionary_width, dictionary_k, dictionary_epochs. dictionary_tokens : training tokens of a
-            model. published_pairs : prompts that the published crosscoder is trained on.
+            model. published_pairs : prompts that the published crosscoder is trained on. calibration_regimes,
+            calibration_seeds, calibration_samples : of the planted truth, see ``calibration``.
     Where
         store : folder or URL of made artifacts. shipped : read-only store looked up first. figures : where pictures go.
         device : "auto", "cpu" or "cuda". jobs : processes side by side. trust_remote_code.
@@ -130,6 +131,9 @@ class Preset:
     dictionary_epochs: float = 8
     dictionary_tokens: int = 60_000
     published_pairs: int = 1600
+    calibration_regimes: tuple = ("easy", "hard")
+    calibration_seeds: int = 5
+    calibration_samples: int = 200_000
 
     store: str = ".alignlens"
     shipped: str | None = "data/tiny"
@@ -168,6 +172,9 @@ PRESETS = MappingProxyType(
             dictionary_epochs=8,
             dictionary_tokens=12_000,
             published_pairs=200,
+            calibration_regimes=("easy",),
+            calibration_seeds=1,
+            calibration_samples=40_000,
             shipped=None,
         ),
         "tiny": Preset(),
@@ -250,6 +257,7 @@ _CHOICES = {
 
 
 _OF_DICTIONARIES = ("dictionary_width", "dictionary_k", "dictionary_epochs", "dictionary_tokens", "published_pairs")
+_OF_DICTIONARIES += ("calibration_seeds", "calibration_samples")
 
 
 def resolve(preset: str = "tiny", **overrides) -> Preset:
@@ -293,7 +301,7 @@ def from_notebook(names: dict) -> Preset:
 
 def _cast(name, value, default):
     """Check one value against the kind of its default, accepting the forms that a command line gives."""
-    if name in ("methods", "controls", "seeds"):
+    if name in ("methods", "controls", "seeds", "calibration_regimes"):
         value = _listed(value)
         if name != "seeds":
             return value
@@ -301,7 +309,11 @@ def _cast(name, value, default):
             raise PresetError(f"seeds is {list(value)!r}; give whole numbers, for example 0,1,2")
         return tuple(int(v) for v in value)
     if name in ("layers_measured", "dictionary_layers"):
-        return value if value == {"layers_measured": "all", "dictionary_layers": "spread"}[name] else tuple(int(v) for v in _listed(value))
+        return (
+            value
+            if value == {"layers_measured": "all", "dictionary_layers": "spread"}[name]
+            else tuple(int(v) for v in _listed(value))
+        )
     if name in ("families", "checkpoints", "learning_rates"):
         value = _read_json(value)
         if not isinstance(value, dict):
@@ -348,7 +360,8 @@ def _check(preset: Preset) -> None:
     for name, choices in _CHOICES.items():
         if getattr(preset, name) not in choices:
             raise PresetError(f"{name} is {getattr(preset, name)!r}; choose one of {', '.join(choices)}")
-    for name, choices in (("methods", METHODS), ("controls", CONTROLS)):
+    regimes = ("easy", "hard")
+    for name, choices in (("methods", METHODS), ("controls", CONTROLS), ("calibration_regimes", regimes)):
         for method in getattr(preset, name):
             if method not in choices:
                 raise PresetError(f"{name} holds {method!r}; choose from {', '.join(choices)}")
@@ -373,7 +386,16 @@ def _check(preset: Preset) -> None:
             f"folds is {preset.folds}; at least 3 are needed: penalties are chosen inside the training folds"
         )
     counts = ("steps", "batch_size", "bootstrap", "measured", "sampled", "check_every", "check_prompts", "max_length")
-    for name in (*counts, "response_tokens", "permutations", "read_batch", "limit", "max_chars", "micro_batch_size", *_OF_DICTIONARIES):
+    for name in (
+        *counts,
+        "response_tokens",
+        "permutations",
+        "read_batch",
+        "limit",
+        "max_chars",
+        "micro_batch_size",
+        *_OF_DICTIONARIES,
+    ):
         if getattr(preset, name) is not None and getattr(preset, name) < 1:
             raise PresetError(f"{name} is {getattr(preset, name)}; it must be at least 1")
     if preset.reward == "truth" and preset.pairs != "tinyworld":

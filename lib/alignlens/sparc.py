@@ -32,6 +32,7 @@ from alignlens.errors import DictionaryError
 STREAMS = ("base", "aligned")
 SHARED = ("shared_aligned", "shared_redirected", "shared_intermediate", "shared_attenuated")
 EXCLUSIVE = ("base_only", "aligned_only")
+CLASSES = (*EXCLUSIVE, *SHARED, "other")
 FIXED = {"base_only": 0.15, "aligned_only": 0.85, "shared_low": 0.35, "shared_high": 0.65}
 """The published fixed cuts on rho: used where no mixture can be fitted, or with `classify(fixed=True)`."""
 
@@ -368,6 +369,11 @@ def _usage(sparc: Sparc, streams) -> dict[str, np.ndarray]:
     names = {"density": fires, "cf": mean}
     columns = {f"{name}_{s}": value for name, both in names.items() for s, value in zip(STREAMS, both, strict=True)}
     return columns | {"cf_shift": mean[1] - mean[0]}
+
+
+def labels(table: pd.DataFrame, cuts: dict) -> np.ndarray:
+    """Labels of a `classify` table under other cuts on rho, such as `FIXED`."""
+    return _labels(table["rho"].to_numpy(), table["theta"].abs().to_numpy(), cuts)
 
 
 def _labels(rho, abs_theta, cuts: dict) -> np.ndarray:

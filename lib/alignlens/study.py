@@ -614,9 +614,7 @@ class Study:
         from . import activations, dictionaries
 
         p = self.preset
-        config = dictionaries.Config(
-            width=p.dictionary_width, k=p.dictionary_k, epochs=p.dictionary_epochs, seed=seed
-        )
+        config = dictionaries.Config(width=p.dictionary_width, k=p.dictionary_k, epochs=p.dictionary_epochs, seed=seed)
         hooks = [activations.hook_name(layer) for layer in layers]
         facts = {"hooks": hooks, "models": [self.source(m).key for m in models]}
         pairs = content_hash(self._dictionary_pairs[["prompt", "chosen", "rejected"]])
@@ -700,20 +698,30 @@ class Study:
 
         def rebuilt(streams):
             x = streams["model"]
-            return {"model": torch.from_numpy(dictionary.reconstruct({"pooled": x.cpu().numpy()})["pooled"]).to(x.device)}
+            return {
+                "model": torch.from_numpy(dictionary.reconstruct({"pooled": x.cpu().numpy()})["pooled"]).to(x.device)
+            }
 
         table = activations.spliced_loss(
             {"model": activations.bridge(model, own=True)},
             self.format(variant.family),
             self.measured(variant.family).head(SPLICED_PAIRS),
             layer,
-            {"clean": None, "dictionary": rebuilt, "mean": lambda s: {"model": mean.to(s["model"]).expand_as(s["model"])}},
+            {
+                "clean": None,
+                "dictionary": rebuilt,
+                "mean": lambda s: {"model": mean.to(s["model"]).expand_as(s["model"])},
+            },
             batch_size=self.preset.read_batch,
         )
         loss = table.assign(total=table.loss * table.tokens).groupby("replacement")[["total", "tokens"]].sum()
         loss = loss.total / loss.tokens
         recovered = (loss["mean"] - loss["dictionary"]) / max(loss["mean"] - loss["clean"], 1e-9)
-        return {"loss_clean": loss["clean"], "loss_increase": loss["dictionary"] - loss["clean"], "recovered": recovered}
+        return {
+            "loss_clean": loss["clean"],
+            "loss_increase": loss["dictionary"] - loss["clean"],
+            "recovered": recovered,
+        }
 
     def comparisons(self, family: str) -> list[tuple[str, Variant, Variant]]:
         """What crosscoders compare: (name, first, second) of every method's first seed and of the nulls.
@@ -755,8 +763,10 @@ class Study:
             table = sparc.classify(found, streams)
             tables = {"classes": table, "history": found.history}
             for name, corrected in (("published", False), ("corrected", True)):
-                tables[f"lasso_{name}"] = sparc.superposition(found, table, corrected=corrected)
-                tables[f"geometry_{name}"] = sparc.shared_geometry(found, table, corrected=corrected)
+                tables[f"lasso_{name}"] = sparc.superposition(
+                    found, table, corrected=corrected, max_latents=16, draws=20
+                )
+                tables[f"geometry_{name}"] = sparc.shared_geometry(found, table, corrected=corrected, permutations=10)
             for name, part in tables.items():
                 store.write_table(folder / f"{name}.parquet", part)
             facts = {"quality": sparc.quality(found, streams), "sharing": sparc.feature_sharing_ratio(table)}
@@ -812,8 +822,21 @@ class Study:
             version=VERSIONS["published_sae"],
         )
 
-    def calibration(self, regime: str, instrument: str, seed: int, *, samples: int, epochs: float) -> pd.DataFrame:
-        """Labels against planted truth, see ``calibration.run``; independent of this study's models."""
+    def calibrations(self) -> list[tuple[str, str, int, int]]:
+        """What ``calibration`` is asked for: (regime, instrument, seed, samples) of the comparison and of the curve."""
+        p = self.preset
+        out = [
+            (regime, instrument, seed, p.calibration_samples)
+            for regime in p.calibration_regimes
+            for instrument in ("alignlens", "l1", "published")
+            for seed in range(p.calibration_seeds)
+        ]
+        fewer = [p.calibration_samples // share for share in (8, 4, 2)]
+        return out + [(r, "alignlens", s, n) for r in p.calibration_regimes for n in fewer for s in (0, 1)]
+
+    def calibration(self, regime: str, instrument: str, seed: int, samples: int) -> Artifact:
+        """Labels against planted truth, ``score.parquet`` of ``calibration.run``; independent of the study's models."""
+        epochs = 4 if instrument == "published" else 8
         from . import calibration
 
         parameters = {"regime": regime, "instrument": instrument, "seed": seed, "samples": samples, "epochs": epochs}
@@ -823,11 +846,10 @@ class Study:
             store.write_table(folder / "score.parquet", table)
             return {}
 
-        made = self.store.get(
+        return self.store.get(
             "calibration", f"{regime}-{instrument}-{samples}-seed{seed}", make,
             inputs={}, parameters=parameters, version=VERSIONS["calibration"],
         )  # fmt: skip
-        return made.table("score.parquet")
 
     def ship(self, folder: str | Path) -> int:
         """Copy all bases, reward models and variants of this study into a store to ship; returns how many."""
@@ -836,6 +858,7 @@ class Study:
             made += [self.reward_model(f, s) for f in self.families for s in self.preset.seeds]
         made += [self.variant(v) for v in self._slowest_first()]
         made += [getattr(self, method)(*words) for tasks in self._dictionary_plan() for _, method, words in tasks]
+        made += [self.calibration(*words) for words in self.calibrations()]
         for artifact in made:
             store.ship(artifact, presets.place(str(folder)))
         return len(made)
@@ -863,13 +886,17 @@ class Study:
                 plan.append([t for t in tasks if t[2][0].method != "base"])
             elif stage == "dictionaries":
                 plan += self._dictionary_plan()
+            elif stage == "calibration":
+                plan.append([("planted truth", "calibration", words) for words in self.calibrations()])
             elif stage == "latents":
-                tasks = [("latents", "latents", (v,)) for v in self.variants()]
+                null = [v for f in self.families for name, _, v in self.comparisons(f) if name == "random"]
+                tasks = [("latents", "latents", (v,)) for v in [*self.variants(), *null]]
                 plan.append([t for t in tasks if t[2][0].method == "base"])
                 plan.append([t for t in tasks if t[2][0].method != "base"])
             else:
                 raise PresetError(
-                    f"stage {stage!r} is unknown; choose from variants, behavior, probes, dictionaries, latents"
+                    f"stage {stage!r} is unknown; choose from variants, behavior, probes, calibration, dictionaries, "
+                    "latents"
                 )
         self._run(plan)
 
