@@ -386,7 +386,8 @@ def test_gradients_of_a_step_are_those_of_autograd(streams, monkeypatch, changes
     with torch.no_grad():
         found = trainer.step(x)
     assert found["l0"] == mask.sum() / len(x) and found["dead"] == (dead & ~mask.any(0)).sum() >= 5
-    for name, ours, theirs in zip(("encoder", "decoder", "encoder bias", "decoder bias"), trainer.weights, weights):
+    names = ("encoder", "decoder", "encoder bias", "decoder bias")
+    for name, ours, theirs in zip(names, trainer.weights, weights, strict=True):
         assert theirs.grad.abs().max() > 0.01
         np.testing.assert_allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5, err_msg=name)
 

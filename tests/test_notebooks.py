@@ -15,8 +15,14 @@ FIGURES = """
 pretraining pairs training_curves behaviour factors protocol_matters data_matters layer_metrics_grouped
 layer_metrics_published coefficient_norms best_layer_histograms best_layer_roc best_layer_pca baselines
 transfer_matrix transfer_gaps
+sae_quality sae_training sae_stability sae_density sae_factors sae_top_latents sae_changes sae_shifts sae_anchors
+published_saes planted_truth planted_samples crosscoder_rho crosscoder_rho_theta crosscoder_labels
+crosscoder_sensitivity published_classes published_extras crosscoder_window
 """.split()
-TABLES = "bases splits doses objectives noise_floors best_layers selectivity changes".split()
+TABLES = """
+bases splits doses objectives noise_floors best_layers selectivity changes sae_names planted_truth_summary
+crosscoder_quality figure_index
+""".split()
 
 pytestmark = pytest.mark.notebook
 
@@ -57,7 +63,7 @@ def test_nothing_else_is_left_behind(executed):
 
 def test_executed_notebooks_are_clean(executed):
     copies = sorted(executed.glob("0*.ipynb"))
-    assert [p.stem for p in copies] == ["00_bases", "01_preferences", "02_alignment", "03_probes"]
+    assert [p.stem for p in copies] == [p.stem for p in sorted((ROOT / "notebooks").glob("0*.ipynb"))]
     for path in copies:
         for cell in nbformat.read(path, as_version=4).cells:
             for output in cell.get("outputs", []):
@@ -77,6 +83,22 @@ def test_the_smoke_run_finds_what_it_must(executed):
     assert contrast[contrast.protocol == "grouped"].auroc_leaked.isna().all()
     leaked = contrast[contrast.protocol == "published"].auroc_leaked
     assert leaked.mean() > contrast[contrast.protocol == "grouped"].auroc.mean() + 0.1
+
+
+def test_dictionaries_find_what_they_must(executed):
+    """The base with itself shares everything; planted labels come back; every published item points at a file."""
+    labels = pd.read_csv(executed / "crosscoder_labels.csv").set_index(["method", "label"]).share
+    assert labels["self", "shared_same"] >= 0.99
+    ours = pd.read_csv(executed / "planted_truth.csv").query("instrument == 'alignlens' and samples == samples.max()")
+    assert ours.recall.mean() > 0.9
+    assert ours.false_discovery.mean() < 0.1
+    quality = pd.read_csv(executed / "sae_quality.csv")
+    assert quality.r2.min() > 0.8
+    assert quality.recovered.min() > 0.9
+    index = pd.read_csv(executed / "figure_index.csv")
+    assert index.item.tolist() == list(range(1, 71))
+    named = {name for names in index.ours for name in names.split("; ")}
+    assert not [name for name in named if not (executed / f"{name}.csv").exists()]
 
 
 def test_a_mistyped_parameter_stops_the_run(tmp_path):

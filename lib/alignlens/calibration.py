@@ -1,7 +1,8 @@
 """Planted features: paired activations with a known answer, and the score of a dictionary's labels against it.
 
 A dictionary's words (shared, rotated, attenuated, base only, aligned only) are believed as far as they come back here.
-Features are unit directions that fire sparsely; most are in both streams, some are turned, weakened, or in one stream only.
+Features are unit directions that fire sparsely; most are in both streams, some are turned, weakened, or in one
+stream only.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ class Planted:
         self._exclusive = np.flatnonzero(np.isin(self.kind, ("base_only", "aligned_only")))
         same = np.flatnonzero(self.kind == "shared_same")
         same = same[np.argsort(self.frequency[same])]
-        # Any partner that fires at least as often (else the commonest): a rarer one could not be there half of the time.
+        # Any partner that fires at least as often (else the commonest): a rarer one could not be there half of the
+        # time.
         first = np.searchsorted(self.frequency[same], self.frequency[self._exclusive]).clip(max=len(same) - 1)
         self._partner = same[rng.integers(first, len(same))]
         codes = self.codes(20_000, seed=-1)
@@ -112,9 +114,9 @@ def score(planted: Planted, rows: dict[str, np.ndarray], table: pd.DataFrame) ->
     A planted feature is found if its one-to-one partner among the live latents (both streams joined, Hungarian) has a
     cosine of at least 0.9 with it.
 
-    Returns one row a kind: planted, found (share, whatever the label), recall (share found under its own label), labelled
-    (latents), false_discovery (share of these that are no planted feature of that kind), degrees_error, ratio_error
-    (median and 95th percentile of the absolute error over features found under their own label).
+    Returns one row a kind: planted, found (share, whatever the label), recall (share found under its own label),
+    labelled (latents), false_discovery (share of these that are no planted feature of that kind), degrees_error,
+    ratio_error (median and 95th percentile of the absolute error over features found under their own label).
     """
     live = np.flatnonzero((table.label != "dead").to_numpy())
     label = table.label.to_numpy()[live]
@@ -176,7 +178,9 @@ def run(
 
 
 def config_for(planted: Planted, instrument: str, *, epochs: float, seed: int) -> dictionaries.Config:
-    """Settings that a user could choose without knowing the truth, but for k, which follows the world's own sparsity."""
+    """Settings that a user could choose without knowing the truth, but for k, which follows the world's own
+    sparsity.
+    """
     width = round(1.25 * planted.regime.features)
     common = {"width": width, "epochs": epochs, "seed": seed, "learning_rate": 5e-3, "batch_size": 512}
     if instrument == "l1":

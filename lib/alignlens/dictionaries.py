@@ -43,7 +43,8 @@ class Config:
     """How a dictionary is trained.
 
     width : latents. k : mean number of latents that fire a row.
-    activation : "batchtopk", or "l1" (ReLU with a penalty of ``l1`` x code x sum of decoder norms, Lindsey et al. 2024).
+    activation : "batchtopk", or "l1" (ReLU with a penalty of ``l1`` x code x sum of decoder norms, Lindsey et al.
+    2024).
     shared : share of latents that have one and the same decoder row in all streams, trained by the sum of gradients.
     epochs, batch_size : how often each row is seen, and how many at once. steps : stop after so many.
     learning_rate : of Adam, with a linear rise over ``warmup`` and a linear fall over the last ``decay`` of the steps.
@@ -51,7 +52,8 @@ class Config:
         what the others leave (Gao et al., arXiv 2406.04093).
     reseed : how often, between a quarter and three quarters of the training, latents that hardly fire start again from
         directions that the error's rows share (see ``_shared_directions``).
-    refit : rounds, at the end, of least squares: the codes of each row on the latents that fire there, then the decoder.
+    refit : rounds, at the end, of least squares: the codes of each row on the latents that fire there, then the
+    decoder.
         An encoder's codes are blurred by the other latents of the row; these are not, so angles and norms come out
         several times more exactly, at the same error.
     seed : of the initial weights and the order of rows.
@@ -836,7 +838,8 @@ def classify(dictionary: Dictionary, streams, *, cuts: Cuts = CUTS) -> pd.DataFr
     nu_base, nu_aligned : latent scaling (Minder et al., arXiv 2504.02922): how much of the latent, read along the
     *other* stream's row, stands in this stream all the same, relative to the other stream: the larger of ``_error``
     (what the reconstruction left out) and ``_reconstruction`` (what other latents write instead). Near 0 for a latent
-    that this stream truly lacks, near 1 where the latent was only not written. label : see ``LABELS`` and ``Cuts``; rotation is asked before attenuation. attrs["cuts"] holds the cuts.
+    that this stream truly lacks, near 1 where the latent was only not written. label : see ``LABELS`` and ``Cuts``;
+    rotation is asked before attenuation. attrs["cuts"] holds the cuts.
 
     A window's norms are taken over all its layers. Raises DictionaryError if the streams are not base and aligned.
     """
@@ -873,7 +876,8 @@ def label(table: pd.DataFrame, n_rows: int, cuts: Cuts = CUTS) -> np.ndarray:
         "dead": (table.density < cuts.dead) | (table.density * n_rows < cuts.few),
         "base_only": (table.rho < cuts.exclusive) & (table.nu_aligned < cuts.scaling),
         "aligned_only": (table.rho > 1 - cuts.exclusive) & (table.nu_base < cuts.scaling),
-        # A row too short to be read has no direction: an exclusive-looking latent that scaling contradicts is attenuated.
+        # A row too short to be read has no direction: an exclusive-looking latent that scaling contradicts is
+        # attenuated.
         "shared_rotated": (table.degrees > cuts.rotated) & table.rho.between(cuts.exclusive, 1 - cuts.exclusive),
         "shared_attenuated": weaker < cuts.attenuated,
     }

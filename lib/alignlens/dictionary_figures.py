@@ -1,6 +1,7 @@
 """Pictures of dictionaries: tables in, matplotlib figures out, in the house style of ``figures``.
 
-Methods keep their colours; nulls are greys. Dead latents are always shown apart, as a share, never as a dot among others.
+Methods keep their colours; nulls are greys. Dead latents are always shown apart, as a share, never as a dot among
+others.
 """
 
 from __future__ import annotations
@@ -177,7 +178,9 @@ def density_against_mean(usage: pd.DataFrame, names: pd.DataFrame | None = None)
 
 
 def factors(table: pd.DataFrame, ceiling: pd.DataFrame):
-    """How well the best single latent tells each planted factor, by layer; the hollow mark is the permutation ceiling."""
+    """How well the best single latent tells each planted factor, by layer; the hollow mark is the permutation
+    ceiling.
+    """
     table = table.assign(strength=(table.auroc - 0.5).abs() + 0.5)
     best = table.groupby(["family", "layer", "factor"], sort=False).strength.max().reset_index()
     families, names = _families(best), list(dict.fromkeys(best.factor))
@@ -234,7 +237,8 @@ def shift_map(table: pd.DataFrame):
 
 def anchors(table: pd.DataFrame):
     """Strong latents at their strongest tokens, variant over base: read where the base is strongest (left box of each
-    pair, as published, biased downwards) and symmetrically (right, filled). A diamond is the published single latent."""
+    pair, as published, biased downwards) and symmetrically (right, filled). A diamond is the published single
+    latent."""
     families = _families(table)
     methods = [m for m in _order(table.method) if m != "base"]
     figure, axes = _grid(1, len(families), 4.2, 3.2, sharey=True)
@@ -272,7 +276,9 @@ def stability(table: pd.DataFrame):
 
 
 def top_latents(table: pd.DataFrame):
-    """The latents with the clearest preference effect on each base: bar with its 95 % interval, and the factor it tells."""
+    """The latents with the clearest preference effect on each base: bar with its 95 % interval, and the factor it
+    tells.
+    """
     families = _families(table)
     figure, axes = _grid(1, len(families), 4.4, 3.0)
     for axis, family in zip(axes.flat, families, strict=True):
@@ -288,7 +294,9 @@ def top_latents(table: pd.DataFrame):
 
 
 def published_deltas(table: pd.DataFrame):
-    """Own autoencoder per model at its own best layer, as published: alive latents against the base, layer on the bar."""
+    """Own autoencoder per model at its own best layer, as published: alive latents against the base, layer on the
+    bar.
+    """
     rows = table[table.method != "base"]
     families = _families(rows)
     figure, axes = _grid(1, len(families), 3.7, 2.8, sharey=True)
@@ -401,7 +409,9 @@ def published_composition(table: pd.DataFrame):
 
 
 def sensitivity(table: pd.DataFrame):
-    """Share of live latents under the label that each cut-off decides, as the cut-off moves; the line is where it stands."""
+    """Share of live latents under the label that each cut-off decides, as the cut-off moves; the line is where it
+    stands.
+    """
     from .dictionaries import CUTS
 
     decides = {
@@ -430,7 +440,9 @@ def sensitivity(table: pd.DataFrame):
 
 
 def window(latents: pd.DataFrame):
-    """A multi-layer crosscoder: decoder norms by layer (base, aligned), where each latent is strongest, angle by layer."""
+    """A multi-layer crosscoder: decoder norms by layer (base, aligned), where each latent is strongest, angle by
+    layer.
+    """
     families, layers = _families(latents), sorted(latents.layer.unique())
     figure, axes = _grid(len(families), 4, 3.2, 2.5)
     for i, family in enumerate(families):

@@ -100,9 +100,9 @@ def _over_prompts(values: np.ndarray, prompt_id: np.ndarray) -> dict[str, np.nda
 def factor_auroc(codes: csr_array, tokens, factors: pd.DataFrame, *, permutations: int = 20, seed: int = 0):
     """How well each latent's mean code in a response tells each binary factor: (latent, factor, auroc), null.
 
-    factors : one row a pair, bool columns ``chosen_NAME`` and ``rejected_NAME``. AUROC below 0.5 marks a latent of the
-    opposite. null : factor, ceiling: 95th percentile over permutations (of prompts) of the largest |AUROC - 0.5| over all
-    latents, plus 0.5; a latent is named after a factor only if it lies outside 1 - ceiling to ceiling.
+    factors : one row a pair, bool columns ``chosen_NAME`` and ``rejected_NAME``. AUROC below 0.5 marks a latent of
+    the opposite. null : factor, ceiling: 95th percentile over permutations (of prompts) of the largest |AUROC - 0.5|
+    over all latents, plus 0.5; a latent is named after a factor only if it lies outside 1 - ceiling to ceiling.
     """
     values = responses(codes, tokens)
     names = [c.removeprefix("chosen_") for c in factors if c.startswith("chosen_")]
@@ -135,10 +135,11 @@ def _auroc(ranks: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def anchors(base: csr_array, variant: csr_array, tokens, *, seed: int = 0) -> pd.DataFrame:
     """What becomes of strongly firing latents at the tokens where they fire most: one row a latent.
 
-    Latents are drawn on one half of the prompts, positions on the other. forward : variant / base at the base's strongest
-    tokens, which can only look like a fall where readings scatter. backward : the same at the variant's strongest tokens,
-    which can only look like a rise. ratio : their geometric mean, which is 1 if the two only scatter. published : True for
-    the latent that the published study would have taken, the one with the largest mean on the base, read forward only.
+    Latents are drawn on one half of the prompts, positions on the other. forward : variant / base at the base's
+    strongest tokens, which can only look like a fall where readings scatter. backward : the same at the variant's
+    strongest tokens, which can only look like a rise. ratio : their geometric mean, which is 1 if the two only
+    scatter. published : True for the latent that the published study would have taken, the one with the largest mean
+    on the base, read forward only.
     """
     half = pd.factorize(tokens.prompt_id)[0] % 2
     first = half[tokens.row] == 0

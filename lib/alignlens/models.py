@@ -466,8 +466,8 @@ def rewards(reward_model, prompts, responses, *, pad_id: int, batch_size: int = 
 def random_adapter(adapter: str | Path, folder: str | Path, *, seed: int = 0) -> None:
     """A LoRA adapter of random direction and the same size: every module's update keeps its Frobenius norm.
 
-    What an instrument finds between a base and this is what any change of that size looks like. Raises ModelError if the
-    folder holds no LoRA adapter.
+    What an instrument finds between a base and this is what any change of that size looks like. Raises ModelError if
+    the folder holds no LoRA adapter.
     """
     adapter, folder = Path(adapter), Path(folder)
     try:

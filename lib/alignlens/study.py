@@ -604,7 +604,9 @@ class Study:
         return self._dictionary(label, [first, second], layers, streams, self.preset.dictionary_tokens, seed)
 
     def _kept(self, tokens, layer: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """(streams at a layer, or at all for None; which tokens no high norm spoils). Special tokens are no responses."""
+        """(streams at a layer, or at all for None; which tokens no high norm spoils). Special tokens are no
+        responses.
+        """
         from . import activations
 
         x = tokens.streams if layer is None else tokens.at(layer)
@@ -643,8 +645,8 @@ class Study:
     def latents(self, variant: Variant) -> Artifact:
         """What the family's pooled dictionaries read in one model on the measured pairs.
 
-        Tables, all with a column layer: ``usage``, ``quality``; of a variant also ``change`` and ``anchors`` against its
-        base, of a base ``factors`` and ``factor_null`` (tiny world). See the module ``latents``.
+        Tables, all with a column layer: ``usage``, ``quality``; of a variant also ``change`` and ``anchors`` against
+        its base, of a base ``factors`` and ``factor_null`` (tiny world). See the module ``latents``.
         """
         layers, base = self.dictionary_layers(variant.family), Variant(variant.family, "base")
         saes = {layer: self.sae(variant.family, layer) for layer in layers}
@@ -726,7 +728,7 @@ class Study:
     def comparisons(self, family: str) -> list[tuple[str, Variant, Variant]]:
         """What crosscoders compare: (name, first, second) of every method's first seed and of the nulls.
 
-        Nulls: "self" (the base with itself), "seeds" (two seeds of one method), "random" (an adapter of random direction).
+        Nulls: "self" (the base with itself), "seeds" (two seeds of one method), "random" (a random direction).
         """
         base = Variant(family, "base")
         out = [(m, base, Variant(family, m, self.seeds_of(family, m)[0])) for m in self.methods]
@@ -742,8 +744,9 @@ class Study:
     def published_crosscoder(self, first: Variant, second: Variant) -> Artifact:
         """The published study's crosscoder of two models, at the middle layer: its tables only.
 
-        Trained, as published, on one vector a prompt (its last token). Tables: ``classes`` (``sparc.classify``), history,
-        ``lasso_*`` and ``geometry_*``, each published and corrected; ``facts.json``: quality, sharing ratio, thresholds.
+        Trained, as published, on one vector a prompt (its last token). Tables: ``classes`` (``sparc.classify``),
+        history, ``lasso_*`` and ``geometry_*``, each published and corrected; ``facts.json``: quality, sharing ratio,
+        thresholds.
         """
         from . import activations, sparc
 

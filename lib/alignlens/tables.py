@@ -512,7 +512,9 @@ def factors(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def named_latents(factor_table: pd.DataFrame, ceiling: pd.DataFrame) -> pd.DataFrame:
-    """The factor that each latent tells best, where it beats the permutation ceiling: family, layer, latent, name, auroc."""
+    """The factor that each latent tells best, where it beats the permutation ceiling: family, layer, latent, name,
+    auroc.
+    """
     table = factor_table.merge(ceiling[["family", "layer", "factor", "ceiling"]], on=["family", "layer", "factor"])
     table["strength"] = (table.auroc - 0.5).abs()
     best = table.loc[table.groupby(["family", "layer", "latent"]).strength.idxmax()]
@@ -583,7 +585,8 @@ def published_saes(study: Study) -> pd.DataFrame:
 def crosscoders(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Every latent of every crosscoder on the measured pairs, and each crosscoder's quality.
 
-    (family, method, the columns of ``dictionaries.classify``, rows), (family, method, those of ``dictionaries.evaluate``).
+    (family, method, the columns of ``dictionaries.classify``, rows), (family, method, those of
+    ``dictionaries.evaluate``).
     method also holds the nulls: self, seeds, random.
     """
     from . import dictionaries
@@ -601,7 +604,9 @@ def crosscoders(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def label_shares(latents: pd.DataFrame) -> pd.DataFrame:
-    """Share of live latents under each label: family, method, label, share, count, and dead, the share of all latents."""
+    """Share of live latents under each label: family, method, label, share, count, and dead, the share of all
+    latents.
+    """
     from . import dictionaries
 
     out = []
@@ -670,7 +675,9 @@ def published_classes(study: Study) -> pd.DataFrame:
 
 
 def published_extras(study: Study) -> pd.DataFrame:
-    """The published superposition test and shared map beside their corrected forms: family, method, test, measure, value."""
+    """The published superposition test and shared map beside their corrected forms: family, method, test, measure,
+    value.
+    """
     out = []
     for family in study.families:
         for name, first, second in study.comparisons(family):
@@ -692,7 +699,9 @@ def published_extras(study: Study) -> pd.DataFrame:
 
 
 def window_latents(study: Study) -> pd.DataFrame:
-    """The multi-layer crosscoder by layer: family, method, latent, label, layer, norm_base, norm_aligned, theta, density."""
+    """The multi-layer crosscoder by layer: family, method, latent, label, layer, norm_base, norm_aligned, theta,
+    density.
+    """
     from . import dictionaries
 
     out = []

@@ -136,7 +136,9 @@ def utility(factors: pd.DataFrame, prefix: str = "") -> pd.Series:
 
 
 def factor_columns(pairs: pd.DataFrame) -> pd.DataFrame:
-    """Yes-or-no factors of both answers, ``chosen_NAME`` and ``rejected_NAME``: kind, rude, filler, on_topic, correct."""
+    """Yes-or-no factors of both answers, ``chosen_NAME`` and ``rejected_NAME``: kind, rude, filler, on_topic,
+    correct.
+    """
     out = {}
     for side in ("chosen", "rejected"):
         out |= {

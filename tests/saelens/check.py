@@ -1,9 +1,10 @@
 """Run by an interpreter that has SAELens: what it makes of a folder.
 
-    python check.py FOLDER ROWS OUT [--fold]
+    python check.py FOLDER ROWS OUT [--fold] [--again FOLDER]
 
 ROWS : safetensors with x [rows, d]. OUT : safetensors with SAELens' codes [rows, w] and rebuilt [rows, d], float32.
---fold : give decoder rows norm 1 when loading. Prints the metadata as JSON.
+--fold : give decoder rows norm 1 when loading. --again : a folder in which SAELens saves what it loaded. Prints the class
+and the metadata as JSON.
 """
 
 import argparse
@@ -15,13 +16,15 @@ from safetensors.torch import load_file, save_file
 
 torch.set_num_threads(1)
 parser = argparse.ArgumentParser()
-parser.add_argument("folder")
-parser.add_argument("rows")
-parser.add_argument("out")
+for name in ("folder", "rows", "out"):
+    parser.add_argument(name)
 parser.add_argument("--fold", action="store_true")
+parser.add_argument("--again")
 asked = parser.parse_args()
 
 sae = SAE.load_from_disk(asked.folder, fold_W_dec_norm=asked.fold)
+if asked.again:
+    sae.save_model(asked.again)
 with torch.no_grad():
     codes = sae.encode(load_file(asked.rows)["x"].float())
     save_file({"codes": codes.contiguous(), "rebuilt": sae.decode(codes).contiguous()}, asked.out)
