@@ -49,8 +49,8 @@ def foreign(folder, seed=0, architecture="jumprelu", weights=None, **changes) ->
     arrays = {
         "W_enc": rng.standard_normal((D, WIDTH)) / np.sqrt(D),
         "b_enc": rng.standard_normal(WIDTH),
-        "W_dec": rng.standard_normal((WIDTH, D)) * rng.uniform(0.1, 1, (WIDTH, 1)),
-        "b_dec": 3 * rng.standard_normal(D),
+        "W_dec": rng.standard_normal((WIDTH, D)) * rng.uniform(0.1, 2, (WIDTH, 1)) / np.sqrt(D),
+        "b_dec": rng.standard_normal(D),
     }
     if architecture == "jumprelu":
         arrays["threshold"] = rng.uniform(0, 0.5, WIDTH)
@@ -77,7 +77,7 @@ def formula(folder, x):
 
 def rows(n=500, seed=5):
     rng = np.random.default_rng(seed)
-    return (rng.standard_normal((n, D)) * 2 + 1).astype(np.float32)
+    return (rng.standard_normal((n, D)) + 1).astype(np.float32)
 
 
 def agree(dictionary, x, codes, rebuilt, tolerance=1e-5):
@@ -231,7 +231,7 @@ def test_half_precision_is_read_as_float32(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "topk"}, "topk SAE.*cfg.json|cfg.json describes a topk SAE"),
+        ({"architecture": "topk"}, "cfg.json describes a topk SAE"),
         ({"architecture": "batchtopk"}, "save_inference_model"),
         ({"activation_fn": "tanh-relu"}, "tanh-relu"),
         ({"normalize_activations": "layer_norm"}, "layer_norm.*own spread"),

@@ -17,11 +17,11 @@ layer_metrics_published coefficient_norms best_layer_histograms best_layer_roc b
 transfer_matrix transfer_gaps
 sae_quality sae_training sae_stability sae_density sae_factors sae_top_latents sae_changes sae_shifts sae_anchors
 published_saes planted_truth planted_samples crosscoder_rho crosscoder_rho_theta crosscoder_labels
-crosscoder_sensitivity published_classes published_extras crosscoder_window
+crosscoder_sensitivity published_classes crosscoder_window
 """.split()
 TABLES = """
 bases splits doses objectives noise_floors best_layers selectivity changes sae_names planted_truth_summary
-crosscoder_quality figure_index
+crosscoder_quality published_extras figure_index
 """.split()
 
 pytestmark = pytest.mark.notebook

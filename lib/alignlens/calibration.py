@@ -188,7 +188,7 @@ def config_for(planted: Planted, instrument: str, *, epochs: float, seed: int) -
     return dictionaries.Config(k=planted.l0, **common)
 
 
-L1 = 0.05  # chosen on seed 0 of the easy regime, where it gives the highest recall of exclusive features
+L1 = 0.05  # of 0.05 and 0.1 the one that found more exclusive features on seed 0 of the easy regime
 
 
 def _published(planted: Planted, streams, test, epochs: float):

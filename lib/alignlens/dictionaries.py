@@ -520,7 +520,7 @@ class _Trainer:
         codes = _Codes(rows, columns, pre[rows, columns], tuple(pre.shape))
         del pre
         fired = torch.bincount(columns, minlength=self.config.width)
-        free = torch.nonzero(fired[self.tied :] < RARE)[:, 0] + self.tied
+        free = torch.nonzero(fired[self.tied :] < RARE)[:MOST, 0] + self.tied
         if not len(free):
             return
         error = x - self.decoder_bias
@@ -598,6 +598,7 @@ def _beside(path: Path) -> Path:
 RESEED_ROWS = 32_768
 RARE = 5  # firings in RESEED_ROWS below which a latent is free to start again: about the density that reads as dead
 TWIN = 0.8  # cosine
+MOST = 1024  # latents started again at once
 SHARING = 50  # rows that must have a direction in common before a latent starts from it
 
 
@@ -695,9 +696,11 @@ def _refit(dictionary: Dictionary, joined: _Joined, scale, order: torch.Tensor, 
     """Decoder rows that rebuild a sample of rows best, codes being solved for on the latents that fire.
 
     A ridge towards the trained rows decides what the data leave open: how latents that fire together share a direction.
+    Where most is left open (few rows for the width, codes far from sparse) the result would rebuild worse than the
+    trained rows, by the codes as the encoder gives them: then these stay. facts["refit"] says which it was.
     """
     w = dictionary.width
-    sample = np.sort(order[: REFIT_ROWS_A_LATENT * w].numpy())
+    sample = np.sort(order[: min(REFIT_ROWS_A_LATENT * w, REFIT_ROWS)].numpy())
     decoder, bias = (torch.from_numpy(a.copy()) for a in (dictionary.decoder, dictionary.decoder_bias))
     for _ in range(rounds):
         unit = decoder / scale  # codes are solved for in training's units, where each stream and layer counts the same
@@ -731,9 +734,23 @@ def _refit(dictionary: Dictionary, joined: _Joined, scale, order: torch.Tensor, 
     # Rows keep norm 1 in training's units, where streams and layers count the same; in their own the codes take it up.
     stretch = (torch.from_numpy(dictionary.decoder) / scale).norm(dim=1) / (decoder / scale).norm(dim=1)
     codes = {name: getattr(dictionary, name) * stretch.numpy() for name in ("encoder", "encoder_bias", "threshold")}
-    return dataclasses.replace(dictionary, decoder=decoder.numpy(), decoder_bias=bias.numpy(), **codes)
+    found = dataclasses.replace(dictionary, decoder=decoder.numpy(), decoder_bias=bias.numpy(), **codes)
+    x = joined.read(sample[:CHUNK])
+    before, after = (_energy_left(d, x, scale) for d in (dictionary, found))
+    better = after <= WORSE * before
+    return dataclasses.replace(found if better else dictionary, facts=dictionary.facts | {"refit": bool(better)})
 
 
+def _energy_left(dictionary: Dictionary, x: torch.Tensor, scale) -> float:
+    """Squared error of rows [n, D] in training's units."""
+    values, columns, counts = dictionary._code(x)
+    codes = csr_array((values, columns, np.concatenate([[0], np.cumsum(counts)])), shape=(len(x), dictionary.width))
+    rebuilt = torch.from_numpy((codes @ dictionary.decoder + dictionary.decoder_bias).astype(np.float32))
+    return float(((x - rebuilt) / scale).square().sum())
+
+
+WORSE = 1.05  # error after refitting over error before, above which the trained rows stay
+REFIT_ROWS = 98_304  # at most
 RIDGE = 0.1  # of the mean code energy of a latent
 REFIT_ROWS_A_LATENT = 64  # enough that a latent's row is the mean of many firings
 

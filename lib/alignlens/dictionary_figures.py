@@ -43,9 +43,14 @@ def _panels(count: int, width: float, height: float, columns: int = 4, **options
     return figure, axes.ravel()[:count]
 
 
-def _labels_legend(figure, colors, columns: int = 5) -> None:
+def _labels_legend(figure, colors) -> None:
     handles = [Patch(color=color, label=name.replace("_", " ")) for name, color in colors.items()]
-    figure.legend(handles=handles, loc="outside upper center", ncols=columns, fontsize=8.5)
+    figure.legend(
+        handles=handles,
+        loc="outside upper center",
+        ncols=min(len(colors), int(figure.get_figwidth() / 1.6)),
+        fontsize=8.5,
+    )
 
 
 # --- planted truth ----------------------------------------------------------------------------------------------------
@@ -383,7 +388,7 @@ def composition(shares: pd.DataFrame, colors=None, name: str = "label", words: s
         axis.set_xticks(range(len(grid)), [_short(m) for m in grid.index], rotation=60, ha="right", size=8)
         axis.grid(axis="x", visible=False)
     axes[0, 0].set_ylabel(words)
-    _labels_legend(figure, colors, columns=7)
+    _labels_legend(figure, colors)
     return figure
 
 
@@ -404,7 +409,7 @@ def published_composition(table: pd.DataFrame):
             axis.set_xticks(range(len(grid)), [_short(m) for m in grid.index], rotation=60, ha="right", size=8)
             axis.grid(axis="x", visible=False)
         axes[i, 0].set_ylabel(f"share, {kind} thresholds")
-    _labels_legend(figure, CLASS_COLORS, columns=7)
+    _labels_legend(figure, CLASS_COLORS)
     return figure
 
 
@@ -470,14 +475,4 @@ def window(latents: pd.DataFrame):
         median = angle.groupby("layer").degrees.median()
         axes[i, 3].plot(median.index, median, color="#0072B2", marker="o")
         axes[i, 3].set(title="degrees (median; 12 latents)", xlabel="layer", xticks=layers, ylim=(0, None))
-    return figure
-
-
-def extras(table: pd.DataFrame):
-    """The published superposition test and shared map, as published and corrected: a table drawn as text."""
-    means = table.groupby(["test", "measure"], sort=False).value.mean()
-    lines = [f"{test:28s}{measure:32s}{value:10.3g}" for (test, measure), value in means.items()]
-    figure, axis = plt.subplots(figsize=(7, 0.22 * len(lines) + 0.4))
-    axis.text(0, 1, "\n".join(lines), family="monospace", size=8, va="top", transform=axis.transAxes)
-    axis.set_axis_off()
     return figure

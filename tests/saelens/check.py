@@ -3,8 +3,8 @@
     python check.py FOLDER ROWS OUT [--fold] [--again FOLDER]
 
 ROWS : safetensors with x [rows, d]. OUT : safetensors with SAELens' codes [rows, w] and rebuilt [rows, d], float32.
---fold : give decoder rows norm 1 when loading. --again : a folder in which SAELens saves what it loaded. Prints the class
-and the metadata as JSON.
+--fold : give decoder rows norm 1 when loading. --again : a folder in which SAELens saves what it loaded.
+Prints the class and the metadata as JSON.
 """
 
 import argparse

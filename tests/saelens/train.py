@@ -3,10 +3,10 @@
     python train.py ROWS FOLDER --width 512 --k 12 --batch 512 --passes 8 --rate 1e-3 --seed 0
 
 ROWS : safetensors with x [rows, d]. FOLDER gets the SAE in its inference form (JumpReLU). As in alignlens' training the
-learning rate rises over the first 2 % and falls over the last 30 % of the steps, and each pass draws a new order, without
-the rest that fills no batch. SAELens' defaults hold for all else. --normalize : one of its ways to scale the input.
---window : steps after which a silent latent counts as dead. Prints one JSON line: samples, steps, seconds and
-processor_seconds of training (no imports, no reading, no saving).
+learning rate rises over the first 2 % and falls over the last 30 % of the steps, and each pass draws a new order and
+leaves out the rest that fills no batch. SAELens' defaults hold for all else. --normalize : one of its ways to scale the
+input. --window : steps after which a silent latent counts as dead.
+Prints one JSON line: samples, steps, seconds and processor_seconds of training (no imports, no reading, no saving).
 """
 
 import argparse
