@@ -257,6 +257,13 @@ def test_constant_streams_are_rebuilt_by_the_bias_alone():
     assert found.encode({"base": x}).max() < 1e-3
 
 
+def test_a_constant_stream_does_not_disturb_the_other(streams):
+    constant = {"base": streams["base"], "aligned": np.full((ROWS, 3), 1000.7, np.float32)}
+    both, alone = (dictionaries.train(s, SMALL) for s in (constant, {"base": streams["base"]}))
+    r2 = dictionaries.evaluate(both, constant)["r2_base"]
+    assert r2 == pytest.approx(dictionaries.evaluate(alone, {"base": streams["base"]})["r2"], abs=0.05)
+
+
 def test_torch_does_not_warn_about_its_sparse_tensors(streams):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

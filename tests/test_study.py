@@ -6,9 +6,10 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors.numpy import load_file
 
 from alignlens import presets, store, study, tables, tinyworld
-from alignlens.errors import AlignError, PreferenceError, PresetError
+from alignlens.errors import AlignError, DictionaryError, PreferenceError, PresetError
 from alignlens.study import Study, Variant
 
 SMOKE = Variant("llama", "dpo", 0)
@@ -172,6 +173,55 @@ def test_objectives_need_an_interval_that_excludes_no_change():
 
 
 # --- what is shipped --------------------------------------------------------------------------------------------------
+
+
+# --- dictionaries -----------------------------------------------------------------------------------------------------
+
+
+def test_a_random_direction_is_as_large_as_its_pattern_and_points_elsewhere(smoke):
+    pattern, random = (
+        load_file(smoke.source(v).adapter + "/adapter_model.safetensors") for v in (SMOKE, Variant("llama", "random"))
+    )
+    for name in [n for n in pattern if "lora_A" in n]:
+        other = name.replace("lora_A", "lora_B")
+        first, second = (w[other].astype(float) @ w[name].astype(float) for w in (pattern, random))
+        assert np.linalg.norm(second) == pytest.approx(np.linalg.norm(first), rel=0.01)
+        assert abs((first * second).sum()) < 0.2 * np.linalg.norm(first) ** 2
+
+
+def test_dictionaries_are_read_where_they_were_trained(smoke):
+    layer, other = smoke.crosscoder_layer("llama"), smoke.dictionary_layers("llama")[0]
+    artifact = smoke.sae("llama", layer)
+    assert smoke.read_dictionary(artifact, [layer]).facts["hooks"] == [f"blocks.{layer}.hook_resid_post"]
+    with pytest.raises(DictionaryError, match=f"blocks.{layer}.hook_resid_post.*not.*blocks.{other}.hook_resid_post"):
+        smoke.read_dictionary(artifact, [other])
+
+
+def test_one_dictionary_reads_all_models_and_the_base_has_not_changed(smoke):
+    base = Variant("llama", "base")
+    layer = smoke.crosscoder_layer("llama")
+    found = smoke.read_dictionary(smoke.sae("llama", layer), [layer])
+    codes = found.codes({"pooled": smoke.tokens(base).at(layer)})
+    usage = smoke.latents(base).table("usage.parquet").query("layer == @layer")
+    np.testing.assert_allclose(usage.density, np.diff(codes.tocsc().indptr) / codes.shape[0])
+    change = smoke.latents(SMOKE).table("change.parquet")
+    assert set(change.layer) == set(smoke.dictionary_layers("llama"))
+    assert (change.mean_p < 0.05).any(), "the variant did move"
+
+
+def test_the_base_with_itself_shares_every_live_latent(smoke):
+    latents, _ = tables.crosscoders(smoke)
+    null = latents[latents.method == "self"]
+    assert set(null.label) <= {"shared_same", "dead"}
+    np.testing.assert_allclose(null.rho, 0.5, atol=1e-3)
+
+
+def test_published_labels_do_not_see_whether_anything_changed(smoke):
+    """Thresholds that adapt to a run give the base with itself the classes that they give a variant."""
+    classes = tables.published_classes(smoke).query("thresholds == 'adaptive'")
+    shares = classes.pivot_table(index="method", columns="class", values="share")
+    assert shares.loc["self", "shared_aligned"] < 0.5
+    assert abs(shares.loc["self"] - shares.loc["dpo"]).max() < 0.2
 
 
 def test_all_tiny_variants_are_shipped_and_intact():

@@ -184,7 +184,7 @@ def config_for(planted: Planted, instrument: str, *, epochs: float, seed: int) -
     width = round(1.25 * planted.regime.features)
     common = {"width": width, "epochs": epochs, "seed": seed, "learning_rate": 5e-3, "batch_size": 512}
     if instrument == "l1":
-        return dictionaries.Config(activation="l1", l1=L1, k=width, aux_weight=0.0, **common)
+        return dictionaries.Config(activation="l1", l1=L1, k=width, aux_weight=0.0, reseed=0, refit=0, **common)
     return dictionaries.Config(k=planted.l0, **common)
 
 

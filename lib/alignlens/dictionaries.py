@@ -353,14 +353,29 @@ class _Codes:
     def __init__(self, rows, columns, values, shape):
         self.rows, self.columns, self.values, self.shape = rows, columns, values, shape
 
+    @property
+    def dense(self) -> bool:
+        """Whether so many codes are kept that plain matrices are faster, as with the L1 penalty."""
+        return len(self.values) > 0.1 * math.prod(self.shape)
+
     def matrix(self, values=None) -> torch.Tensor:
-        """Sparse [n, w] of the codes, or of other values at their places."""
+        """[n, w] of the codes, or of other values at their places, sparse unless ``dense``."""
         values = self.values if values is None else values
+        if self.dense:
+            return torch.zeros(self.shape, device=values.device).index_put_((self.rows, self.columns), values)
         return _csr(self.rows, self.columns, values, self.shape)
 
+    def along(self, gradient: torch.Tensor, decoder: torch.Tensor) -> torch.Tensor:
+        """Products of each code's row of ``gradient`` [n, D] and its latent's decoder row: [codes]."""
+        if self.dense:
+            return (gradient @ decoder.T)[self.rows, self.columns]
+        return (gradient[self.rows] * decoder[self.columns]).sum(1)
+
     def transposed(self, values=None) -> torch.Tensor:
-        """Sparse [w, n]."""
+        """[w, n], sparse unless ``dense``."""
         values = self.values if values is None else values
+        if self.dense:
+            return self.matrix(values).T
         order = torch.argsort(self.columns, stable=True)
         return _csr(self.columns[order], self.rows[order], values[order], self.shape[::-1])
 
@@ -444,7 +459,7 @@ class _Trainer:
         codes = self._keep_largest(pre)
         error = x - self.decoder_bias - codes.matrix() @ self.decoder
         gradient = error * (-2.0 / n)
-        to_code = (gradient[codes.rows] * self.decoder[codes.columns]).sum(1)
+        to_code = codes.along(gradient, self.decoder)
         self.decoder.grad = codes.transposed() @ gradient
         if config.activation == "l1":
             to_code = self._penalise(codes, to_code, n)
