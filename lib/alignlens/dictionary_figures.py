@@ -216,9 +216,9 @@ def changes(table: pd.DataFrame):
             for method in _order(rows.method):
                 mean = rows[rows.method == method].groupby("layer").share.mean().reset_index()
                 _line(axis, mean, "layer", "share", method, band=False)
-            axis.set_ylim(-0.02, 1.02 if measure != "effect" else None)
             if i == 0:
                 axis.set_title(family)
+        axes[i, 0].set_ylim(bottom=-0.02)  # shared by the row
         axes[i, 0].set_ylabel(f"share changed:\n{words}", size=8.5)
     for axis in axes[-1]:
         _integer_layers(axis)

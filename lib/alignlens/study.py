@@ -74,6 +74,7 @@ class Study:
         self.store = Store(presets.place(preset.store), shipped)
         self._formats: dict[str, preferences.Formatter] = {}
         self._measured: dict[str, tuple[pd.DataFrame, str]] = {}
+        self._sources: dict[Variant, Source] = {}
 
     # --- what there is ----------------------------------------------------------------------------------------------
 
@@ -224,6 +225,11 @@ class Study:
 
     def source(self, variant: Variant) -> Source:
         """Where a variant's weights are, after making them if need be."""
+        if variant not in self._sources:  # asked for thousands of times: a pooled dictionary depends on every model
+            self._sources[variant] = self._find_source(variant)
+        return self._sources[variant]
+
+    def _find_source(self, variant: Variant) -> Source:
         base = self.preset.families[variant.family]
         key = self._base_keys[variant.family]
         if variant.method == "base":
@@ -576,6 +582,10 @@ class Study:
     def _dictionary_pairs(self) -> pd.DataFrame:
         return self.pairs[self.pairs.split != "measure"].reset_index(drop=True)
 
+    @cached_property
+    def _dictionary_pairs_key(self) -> str:
+        return content_hash(self._dictionary_pairs[["prompt", "chosen", "rejected"]])
+
     def sae(self, family: str, layer: int, seed: int = 0) -> Artifact:
         """One sparse autoencoder for the base and all variants of a family, pooled: latent i is the same in all."""
         models = self.variants(family)
@@ -619,9 +629,8 @@ class Study:
         config = dictionaries.Config(width=p.dictionary_width, k=p.dictionary_k, epochs=p.dictionary_epochs, seed=seed)
         hooks = [activations.hook_name(layer) for layer in layers]
         facts = {"hooks": hooks, "models": [self.source(m).key for m in models]}
-        pairs = content_hash(self._dictionary_pairs[["prompt", "chosen", "rejected"]])
         identity = {
-            "inputs": {"pairs": pairs, "models": content_hash(facts["models"])},
+            "inputs": {"pairs": self._dictionary_pairs_key, "models": content_hash(facts["models"])},
             "parameters": {"config": dataclasses.asdict(config), "layers": layers, "limit": limit, "seed": seed},
             "version": VERSIONS["dictionary"],
         }
