@@ -1,9 +1,10 @@
 """Our BatchTopK training beside SAELens' own: the same rows, width, k, batches and number of samples, one thread each.
 
 Run: `ALIGNLENS_SAELENS_PYTHON=... pytest tests/bench_dictionaries.py --benchmark-only -s` (see tests/saelens).
-`extra_info` of each row holds ours / SAELens for R2 about the per-dimension mean, share of latents that fire on
-held-out rows, L0 and samples a second. SAELens is given three learning rates and judged by the one with the best R2;
-the same code evaluates both. The small size takes about a minute, the large one about ten.
+`extra_info` of each row holds ours / SAELens for R2 about the per-dimension mean, share of latents that fire on held-out
+rows, L0 and samples a second. SAELens is given three learning rates and judged by the one with the best R2; the same
+code evaluates both. Seconds are of processor time, so a busy machine disturbs them little. The small size takes about
+two minutes, the large one about six.
 """
 
 import dataclasses

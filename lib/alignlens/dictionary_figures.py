@@ -163,12 +163,12 @@ def density_against_mean(usage: pd.DataFrame, names: pd.DataFrame | None = None)
         for axis, family in zip(axes[i], families, strict=True):
             rows = usage[(usage.family == family) & (usage.layer == layer)]
             live = rows[rows.density > 0]
-            axis.scatter(live.density, live["mean"], s=7, color="#b8b8b8", lw=0)
+            axis.scatter(live.density, live["mean"], s=7, color="#b8b8b8", lw=0, rasterized=True)
             if told:
                 here = names[(names.family == family) & (names.layer == layer)].merge(live, on="latent")
                 for name, color in colors.items():
                     part = here[here.name.str.removeprefix("not ") == name]
-                    axis.scatter(part.density, part["mean"], s=13, color=color, lw=0)
+                    axis.scatter(part.density, part["mean"], s=13, color=color, lw=0, rasterized=True)
             axis.set(xscale="log", yscale="log")
             axis.text(0.03, 0.93, f"{len(live)} live, {len(rows) - len(live)} dead", transform=axis.transAxes, size=7.5)
             axis.set_title(f"{family}, layer {layer}", size=9)
@@ -360,7 +360,8 @@ def rho_theta(latents: pd.DataFrame, cuts: dict):
         if rows.empty:
             axis.set_axis_off()
             continue
-        axis.scatter(rows.rho, rows.degrees, s=6, lw=0, alpha=0.8, color=rows.label.map(LABEL_COLORS))
+        colors = rows.label.map(LABEL_COLORS)
+        axis.scatter(rows.rho, rows.degrees, s=6, lw=0, alpha=0.8, color=colors, rasterized=True)
         axis.axhline(cuts["rotated"], color="#333333", ls=":", lw=0.8)
         for x in (cuts["exclusive"], 1 - cuts["exclusive"]):
             axis.axvline(x, color="#333333", ls=":", lw=0.8)
