@@ -141,3 +141,10 @@ def test_paths_are_taken_from_the_projects_folder(tmp_path, monkeypatch):
     assert presets.place("figures") == str(tmp_path / "figures")
     assert presets.place("s3://bucket/x") == "s3://bucket/x"
     assert presets.place(str(tmp_path)) == str(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["layers_measured", "dictionary_layers"])
+def test_layers_are_numbers_or_the_one_word(name):
+    assert getattr(presets.resolve("tiny", **{name: "1,3"}), name) == (1, 3)
+    with pytest.raises(PresetError, match=f"{name} is .'deep'.; give '(all|spread)' or whole numbers"):
+        presets.resolve("tiny", **{name: "deep"})

@@ -309,11 +309,13 @@ def _cast(name, value, default):
             raise PresetError(f"seeds is {list(value)!r}; give whole numbers, for example 0,1,2")
         return tuple(int(v) for v in value)
     if name in ("layers_measured", "dictionary_layers"):
-        return (
-            value
-            if value == {"layers_measured": "all", "dictionary_layers": "spread"}[name]
-            else tuple(int(v) for v in _listed(value))
-        )
+        word = {"layers_measured": "all", "dictionary_layers": "spread"}[name]
+        if value == word:
+            return value
+        value = _listed(value)
+        if not value or not all(str(v).lstrip("-").isdigit() for v in value):
+            raise PresetError(f"{name} is {list(value)!r}; give {word!r} or whole numbers, for example 0,1,2")
+        return tuple(int(v) for v in value)
     if name in ("families", "checkpoints", "learning_rates"):
         value = _read_json(value)
         if not isinstance(value, dict):
