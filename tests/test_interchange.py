@@ -297,7 +297,7 @@ def test_saelens_opens_ours(tmp_path, made):
     assert metadata["class"] == "JumpReLUSAE"
     assert (metadata["model_name"], metadata["hook_name"]) == (NAMES["model"], NAMES["hook"])
     again = from_saelens(tmp_path / "again")
-    assert again.config == dictionary.config and again.facts == {**NAMES, "context": 64}
+    assert again.config == dictionary.config and again.facts == {**dictionary.facts, **NAMES, "context": 64}
     assert all((getattr(again, name) == getattr(dictionary, name)).all() for name in ARRAYS)
 
 
