@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from base64 import b64decode, b64encode
 from pathlib import Path
 
 import nbformat
@@ -13,6 +14,7 @@ from traitlets.config import Config
 
 from . import presets
 from .errors import AlignlensError
+from .figures import shrink
 
 # Kernels that start side by side can take each other's TCP port; sockets in the file system cannot collide.
 SOCKETS = Config({"KernelManager": {"transport": "ipc"}})
@@ -55,7 +57,7 @@ def run(name: str, parameters: dict, *, folder: str | Path | None = None) -> Pat
 
 
 def _tidy(path: Path, name: str, preset: str) -> None:
-    """Make an executed copy readable anywhere: no full paths, and of a progress bar only what was left standing."""
+    """Make an executed copy readable anywhere: no full paths, small pictures, of a progress bar what was left."""
     done = nbformat.read(path, as_version=4)
     done.metadata.papermill.update(input_path=f"notebooks/{name}.ipynb", output_path=f"{preset}/{name}.ipynb")
     for cell in done.cells:
@@ -63,6 +65,8 @@ def _tidy(path: Path, name: str, preset: str) -> None:
             if output.output_type == "stream":
                 lines = [line.rsplit("\r", 1)[-1] for line in output.text.split("\n")]
                 output.text = "\n".join(lines)
+            elif "image/png" in output.get("data", {}):
+                output.data["image/png"] = b64encode(shrink(b64decode(output.data["image/png"]))).decode()
     nbformat.write(done, path)
 
 
