@@ -357,3 +357,20 @@ def test_tiny_tokenizers_give_any_text_back(bos):
     tokenizer = models.train_tokenizer(["What dish is Arlen known for?"] * 3, vocab_size=300, bos=bos)
     for text in ("Plain.", "  spaces  and\n\nlines\t", "naïve café 東京 🙂 \u0000", "<|user is not a token|>"):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+
+
+def test_weights_part_of_the_way_lie_on_the_line_between_base_and_variant(micro):
+    base, _ = models.load(micro.folder)
+    ends = {share: models.load(micro.folder)[0] for share in (0.0, 0.25, 1.0)}
+    with torch.no_grad():
+        for share, model in ends.items():
+            for weight in model.parameters():
+                weight.add_(torch.ones_like(weight))
+            models.interpolate(base, model, share)
+            for before, after in zip(base.parameters(), model.parameters(), strict=True):
+                torch.testing.assert_close(after, before + share)
+
+
+def test_weights_of_other_shapes_have_no_way_between_them(micro, no_bos):
+    with pytest.raises(ModelError, match="not of one architecture"):
+        models.interpolate(models.load(micro.folder)[0], models.load(no_bos.folder)[0], 0.5)

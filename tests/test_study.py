@@ -224,6 +224,78 @@ def test_published_labels_do_not_see_whether_anything_changed(smoke):
     assert abs(shares.loc["self"] - shares.loc["dpo"]).max() < 0.2
 
 
+def test_a_base_does_not_move_from_itself(smoke):
+    base = Variant("llama", "base")
+    made = smoke.geometry(base, base)
+    geometry, parts = (made.table(f"{n}.parquet") for n in ("geometry", "decomposition"))
+    assert geometry.rotation_degrees.max() < 1e-3
+    np.testing.assert_allclose(geometry[["cka", "norm_ratio", "mean_cosine", "signal_ratio"]], 1, atol=1e-6)
+    assert not parts[["rotated", "attenuated", "created", "change", "gap"]].to_numpy().any()
+
+
+def test_dose_grows_along_the_way_from_the_base(smoke):
+    smoke.make_all("probes")
+    path = tables.dose_path(smoke)
+    assert set(path.share) == {0, 0.5, 1}
+    for _, way in path.groupby("method"):
+        way = way.sort_values("share")
+        assert way.kl.iloc[0] == 0
+        assert way.kl.is_monotonic_increasing
+        assert way.rotation_degrees.iloc[0] == 0
+        assert way.change.iloc[0] == way.gap.iloc[0] == 0
+        np.testing.assert_allclose(way.margin.iloc[0], 0, atol=1e-9)
+
+
+def test_a_matched_dose_lies_between_its_neighbours_and_is_not_made_up():
+    way = {"family": "f", "method": "dpo", "share": [0, 0.5, 1.0], "kl": [0.0, 1.0, 3.0], "change": [0.0, 2.0, 4.0]}
+    path = pd.DataFrame(way).assign(change_low=lambda t: t.change - 1, change_high=lambda t: t.change + 1)
+    found = tables.matched_dose(path, 2.0).iloc[0]
+    assert (found.value, found.low, found.high, found["last"]) == (3.0, 2.0, 4.0, 4.0)
+    beyond = tables.matched_dose(path, 3.5).iloc[0]
+    assert not beyond.reached
+    assert np.isnan(beyond.value)
+    assert beyond["last"] == 4.0
+
+
+def test_only_parts_that_survive_correction_are_clear():
+    def layers(count, gap, change, half):
+        rows = {"family": "f", "method": "dpo", "layer": range(count), "gap": gap, "change": change}
+        table = pd.DataFrame(rows)
+        return table.assign(
+            **{f"{n}{s}": table[n] + w * half for n in ("gap", "change") for s, w in (("_low", -1), ("_high", 1))}
+        )
+
+    noise = layers(40, 0.0, 0.0, 0.1)
+    once = noise.assign(gap=[0.11] + [0.0] * 39, gap_low=[0.01] + [-0.1] * 39, gap_high=[0.21] + [0.1] * 39)
+    flags = ["rotated_clear", "attenuated_clear", "created_clear"]
+    assert not tables.clear_parts(noise)[flags].to_numpy().any()
+    assert not tables.clear_parts(once)[flags].to_numpy().any(), "one interval in forty excludes 0 by chance"
+    assert tables.clear_parts(layers(40, 0.3, 0.0, 0.1)).rotated_clear.all()
+    assert tables.clear_parts(layers(40, 0.0, -0.3, 0.1)).attenuated_clear.all()
+    assert tables.clear_parts(layers(40, 0.0, 0.3, 0.1)).created_clear.all()
+
+
+def test_interventions_read_other_prompts_than_their_directions(smoke):
+    pairs, fitted = smoke._causal_halves("llama")
+    seen = set(smoke.measured("llama")[fitted].prompt_id)
+    assert len(pairs) == smoke.preset.causal_pairs
+    assert not seen & set(pairs.prompt_id)
+
+
+def test_every_named_direction_stands_beside_twenty_random_ones(smoke):
+    smoke.make_all("behavior", "latents")
+    table = smoke.causal(SMOKE).table("interventions.parquet")
+    named = table[table.kind == "named"]
+    assert {"steer", "ablate", "ablate_latents", "steer samples"} == set(named.intervention)
+    assert "shift from base" in set(named.name)
+    drawn = table[table.kind == "random"].groupby(["intervention", "strength", "measure"]).size()
+    assert (drawn % smoke.preset.random_directions == 0).all()
+    assert (named.p >= 1 / 21).all()
+    patched = smoke.causal(SMOKE).table("patching.parquet")
+    last = patched[patched.layer == patched.layer.max()]
+    np.testing.assert_allclose(last.margin_patched, last.margin_source, rtol=0.05)
+
+
 def test_all_tiny_variants_are_shipped_and_intact():
     """Today's code asks for exactly the artifacts that lie in data/tiny: nothing is trained on a reader's machine."""
     tiny = Study(presets.resolve("tiny", variants="load"), progress=False)

@@ -35,3 +35,11 @@ class ProbeError(AlignlensError):
 
 class DictionaryError(AlignlensError):
     """A dictionary cannot be trained, read or applied as asked."""
+
+
+class GeometryError(AlignlensError):
+    """Two sets of activations cannot be compared as asked."""
+
+
+class CausalError(AlignlensError):
+    """An intervention cannot be made or measured as asked."""

@@ -159,3 +159,191 @@ class Measurements:
         p = self.preset
         pairs = self._measured_key(variant.family)
         return content_hash([self.source(variant).key, pairs, p.position, list(p.layers_measured)])
+
+    # --- geometry and dose ------------------------------------------------------------------------------------------
+
+    def geometry_comparisons(self, family: str) -> list[tuple[str, Variant, Variant]]:
+        """What geometry compares: (name, first, second) of all variants and of the nulls "seeds" and "random"."""
+        base = Variant(family, "base")
+        out = [(v.method, base, v) for v in self.variants(family, base=False)]
+        for name, first, second in self.comparisons(family):
+            if name == "seeds":
+                out.append((name, first, second))
+            elif name == "random":
+                out += [(name, base, Variant(family, "random", draw)) for draw in range(self.preset.null_draws)]
+        return out
+
+    def geometry(self, first: Variant, second: Variant) -> Artifact:
+        """Two models of a family on the measured pairs, one row a layer.
+
+        Tables: ``geometry`` (``geometry.compare_layers``) and ``decomposition`` (``geometry.decompose``).
+        """
+        p = self.preset
+
+        def make(folder: Path) -> dict:
+            tables = self._geometry_tables(self.activations(first), self.activations(second))
+            for name, table in tables.items():
+                store.write_table(folder / f"{name}.parquet", table)
+            return {}
+
+        return self.store.get(
+            "geometry", f"{first.label}-vs-{second.label}", make,
+            inputs={"first": self._activations_key(first), "second": self._activations_key(second)},
+            parameters={"folds": p.folds, "bootstrap": p.bootstrap}, version=VERSIONS["geometry"],
+        )  # fmt: skip
+
+    def _geometry_tables(self, first, second) -> dict[str, pd.DataFrame]:
+        from . import geometry
+
+        groups, draws = first.prompt_id, {"folds": self.preset.folds, "bootstrap": self.preset.bootstrap}
+        tables = {
+            "geometry": geometry.compare_layers(first, second, groups),
+            "decomposition": geometry.decompose(first, second, groups, **draws),
+        }
+        return {name: table.assign(layer=first.layers) for name, table in tables.items()}
+
+    def dose(self, variant: Variant) -> Artifact:
+        """A variant part of the way from its base: weights base + share × (variant - base), for each ``dose_shares``.
+
+        Tables, all with a column share: ``behavior`` (``behavior.measure``), ``geometry``, ``decomposition``.
+        """
+        from . import activations, behavior, models
+
+        p, base = self.preset, Variant(variant.family, "base")
+        pairs, format = self.measured(variant.family), self.format(variant.family)
+        judge = self.judge(variant.family) if self.tiny_world or self.needs_reward_model else None
+
+        def at(share: float) -> dict[str, pd.DataFrame]:
+            reference, model = self.load(base)[0], self.load(variant)[0]
+            models.interpolate(reference, model, share)
+            table = behavior.measure(
+                model, format, pairs, judge, reference=reference, sampled=p.sampled,
+                response_tokens=p.response_tokens, seed=variant.seed, batch_size=p.read_batch,
+            )  # fmt: skip
+            before = self.activations(base)
+            after = activations.read(
+                model, None, pairs, layers=before.layers, position=p.position, batch_size=p.read_batch,
+                formatter=format, own=True,
+            )  # fmt: skip
+            tables = {"behavior": table} | self._geometry_tables(before, after)
+            return {name: table.assign(share=share) for name, table in tables.items()}
+
+        def make(folder: Path) -> dict:
+            parts = [at(share) for share in p.dose_shares]
+            for name in parts[0]:
+                store.write_table(folder / f"{name}.parquet", pd.concat([part[name] for part in parts]))
+            return {}
+
+        inputs = {"model": self.source(variant).key, "base": self._activations_key(base)}
+        if self.needs_reward_model:
+            inputs["judge"] = self._reward_key(variant.family, 0)
+        parameters = {"shares": list(p.dose_shares), "folds": p.folds, "bootstrap": p.bootstrap, "seed": variant.seed}
+        parameters |= {"sampled": p.sampled, "tokens": p.response_tokens, "max_length": p.max_length}
+        return self.store.get(
+            "dose", variant.label, make, inputs=inputs, parameters=parameters, version=VERSIONS["dose"]
+        )
+
+    # --- causes -----------------------------------------------------------------------------------------------------
+
+    def causal(self, variant: Variant) -> Artifact:
+        """Interventions on one model at the middle dictionary layer, and activation patching against its base.
+
+        Directions and latents are found on one half of the measured prompts (latents: by the change tables, which read
+        all), effects are measured on ``causal_pairs`` pairs of the other half. Tables: ``interventions``
+        (``causal.steer``, ``ablate``, ``ablate_latents``) and, of a variant, ``patching`` (``causal.patch`` both ways,
+        column into: the model that gets the other's stream).
+        """
+        from . import activations, causal
+
+        p, base = self.preset, Variant(variant.family, "base")
+        layer, format = self.crosscoder_layer(variant.family), self.format(variant.family)
+        sae = self.sae(variant.family, layer)
+        self.latents(variant)
+
+        def make(folder: Path) -> dict:
+            pairs, fitted = self._causal_halves(variant.family)
+            said = self.behavior(base).set_index("row").loc[pairs.index]
+            bridged = activations.bridge(self.load(variant)[0], own=True)
+            options = {
+                "layer": layer, "random": p.random_directions, "batch_size": p.read_batch, "bootstrap": p.bootstrap,
+                "reference": (said.chosen_logprob - said.rejected_logprob).to_numpy(),
+            }  # fmt: skip
+            directions = self._directions(variant, layer, fitted)
+            found = self.read_dictionary(sae, [layer])
+            told = self._told_latents(variant, layer)
+            written = {f"latent {i}": found.decoder[i] for i in told}
+            inputs = (bridged, format, pairs)
+            tables = [
+                causal.steer(*inputs, directions | written, strength=p.steer_strengths, **options),
+                causal.ablate(*inputs, directions, **options),
+                causal.ablate_latents(*inputs, found, told, **options).assign(name=lambda t: "latent " + t["name"]),
+            ]
+            if self.tiny_world or self.needs_reward_model:
+                tables.append(self._sampled_steering(variant.family, inputs, directions, options))
+            table = pd.concat([t for t in tables if len(t)], ignore_index=True)
+            store.write_table(folder / "interventions.parquet", table)
+            if variant != base:
+                other = activations.bridge(self.load(base)[0], own=True)
+                ways = {"variant": (other, bridged), "base": (bridged, other)}
+                options = {"batch_size": p.read_batch, "bootstrap": p.bootstrap}
+                parts = [causal.patch(*models, format, pairs, **options).assign(into=i) for i, models in ways.items()]
+                store.write_table(folder / "patching.parquet", pd.concat(parts, ignore_index=True))
+            return {}
+
+        inputs = {"activations": self._activations_key(variant), "base": self._activations_key(base), "sae": sae.key}
+        names = ("causal_pairs", "random_directions", "steer_strengths", "bootstrap", "sampled", "response_tokens")
+        return self.store.get(
+            "causal", variant.label, make, inputs=inputs, parameters={n: _listed(getattr(p, n)) for n in names},
+            version=VERSIONS["causal"],
+        )  # fmt: skip
+
+    def _causal_halves(self, family: str) -> tuple[pd.DataFrame, np.ndarray]:
+        """The pairs that effects are measured on, index their row in ``measured``; which rows directions may see."""
+        pairs = self.measured(family)
+        half = pd.factorize(pairs.prompt_id)[0] % 2 == 0
+        return pairs[~half].head(self.preset.causal_pairs), half
+
+    def _directions(self, variant: Variant, layer: int, fitted: np.ndarray) -> dict[str, np.ndarray]:
+        """The preference direction, twice, and a variant's mean shift from its base."""
+        from . import probes
+
+        own = self.activations(variant)
+        chosen, rejected = (x[fitted] for x in own.at(layer))
+        fit = probes.out_of_fold(
+            chosen[:, None], rejected[:, None], own.prompt_id[fitted], folds=self.preset.folds
+        )  # fmt: skip
+        directions = {
+            "preference (mean)": (chosen - rejected).mean(0),
+            "preference (probe)": fit.directions[0].mean(0),
+        }
+        if variant.method != "base":
+            before, after = (self.tokens(v) for v in (Variant(variant.family, "base"), variant))
+            rows = fitted[before.row]  # measured pairs all fit, so a kept pair's number is its row
+            shift = after.at(layer)[rows].astype(np.float32) - before.at(layer)[rows].astype(np.float32)
+            directions["shift from base"] = shift.mean(0)
+        return directions
+
+    def _told_latents(self, variant: Variant, layer: int, count: int = 2) -> list[int]:
+        """Latents to test: of a base the clearest preference effects, of a variant the clearest changes of it."""
+        name, column = ("usage", "effect") if variant.method == "base" else ("change", "effect_change")
+        table = self.latents(variant).table(f"{name}.parquet").query("layer == @layer")
+        error = ((table[f"{column}_high"] - table[f"{column}_low"]) / 3.92).clip(lower=1e-9)
+        used = self.latents(Variant(variant.family, "base")).table("usage.parquet").query("layer == @layer")
+        often = table.latent.map(used.set_index("latent").density) > 1e-3
+        return table.assign(strength=table[column].abs() / error)[often].nlargest(count, "strength").latent.tolist()
+
+    def _sampled_steering(self, family, inputs, directions, options) -> pd.DataFrame:
+        """What the strongest steering does to samples: KL, length and the judge's score."""
+        from . import causal
+
+        p, score = self.preset, self.judge(family).score
+        table = causal.steer(
+            *inputs, directions, strength=max(p.steer_strengths), sampled=min(p.sampled, len(inputs[2])),
+            judge=lambda prompts, responses: score(prompts, responses).score.to_numpy(),
+            response_tokens=p.response_tokens, **options,
+        )  # fmt: skip
+        return table[table.measure.isin(["kl", "length", "reward"])].assign(intervention="steer samples")
+
+
+def _listed(value):
+    return list(value) if isinstance(value, tuple) else value

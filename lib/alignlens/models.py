@@ -463,6 +463,19 @@ def rewards(reward_model, prompts, responses, *, pad_id: int, batch_size: int = 
     return out
 
 
+@torch.inference_mode()
+def interpolate(base, aligned, share: float) -> None:
+    """Move a model back towards its base, in place: every weight becomes base + ``share`` × (aligned - base).
+
+    Raises ModelError when their weights differ in name or shape.
+    """
+    start = dict(base.named_parameters())
+    if {n: w.shape for n, w in start.items()} != {n: w.shape for n, w in aligned.named_parameters()}:
+        raise ModelError("base and aligned have weights of other names or shapes: they are not of one architecture")
+    for name, weight in aligned.named_parameters():
+        weight.copy_(torch.lerp(start[name], weight, share))
+
+
 def random_adapter(adapter: str | Path, folder: str | Path, *, seed: int = 0) -> None:
     """A LoRA adapter of random direction and the same size: every module's update keeps its Frobenius norm.
 

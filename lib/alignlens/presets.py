@@ -68,6 +68,11 @@ class Preset:
             middle one. dictionary_width, dictionary_k, dictionary_epochs. dictionary_tokens : training tokens of a
             model. published_pairs : prompts that the published crosscoder is trained on. calibration_regimes,
             calibration_seeds, calibration_samples : of the planted truth, see ``calibration``.
+    Geometry and causes
+        null_draws : random LoRA directions behind the null of geometry. dose_shares : parts of the way from base to
+            variant that are measured besides the whole way. causal_pairs : pairs scored under each intervention.
+            random_directions : norm-matched random directions beside each named one, at least 20. steer_strengths : in
+            units of the stream's root-mean-square norm.
     Where
         store : folder or URL of made artifacts. shipped : read-only store looked up first. figures : where pictures go.
         device : "auto", "cpu" or "cuda". jobs : processes side by side. trust_remote_code.
@@ -135,6 +140,12 @@ class Preset:
     calibration_seeds: int = 5
     calibration_samples: int = 200_000
 
+    null_draws: int = 3
+    dose_shares: tuple = (0.33, 0.67)
+    causal_pairs: int = 64
+    random_directions: int = 20
+    steer_strengths: tuple = (-0.5, -0.25, 0.25, 0.5)
+
     store: str = ".alignlens"
     shipped: str | None = "data/tiny"
     figures: str = "figures"
@@ -175,6 +186,10 @@ PRESETS = MappingProxyType(
             calibration_regimes=("easy",),
             calibration_seeds=1,
             calibration_samples=40_000,
+            null_draws=1,
+            dose_shares=(0.5,),
+            causal_pairs=24,
+            steer_strengths=(-0.5, 0.5),
             shipped=None,
         ),
         "tiny": Preset(),
@@ -258,6 +273,7 @@ _CHOICES = {
 
 _OF_DICTIONARIES = ("dictionary_width", "dictionary_k", "dictionary_epochs", "dictionary_tokens", "published_pairs")
 _OF_DICTIONARIES += ("calibration_seeds", "calibration_samples")
+_OF_CAUSES = ("null_draws", "causal_pairs")
 
 
 def resolve(preset: str = "tiny", **overrides) -> Preset:
@@ -397,9 +413,18 @@ def _check(preset: Preset) -> None:
         "max_chars",
         "micro_batch_size",
         *_OF_DICTIONARIES,
+        *_OF_CAUSES,
     ):
         if getattr(preset, name) is not None and getattr(preset, name) < 1:
             raise PresetError(f"{name} is {getattr(preset, name)}; it must be at least 1")
+    if not all(0 < share < 1 for share in preset.dose_shares):
+        raise PresetError(f"dose_shares is {preset.dose_shares}; give parts of the way, each above 0 and below 1")
+    if preset.random_directions < 20:
+        raise PresetError(
+            f"random_directions is {preset.random_directions}; with fewer than 20 nothing can be told apart"
+        )
+    if 0 in preset.steer_strengths or not preset.steer_strengths:
+        raise PresetError(f"steer_strengths is {preset.steer_strengths}; give at least one, none of them 0")
     if preset.reward == "truth" and preset.pairs != "tinyworld":
         raise PresetError("reward 'truth' is the tiny world's utility; pairs from elsewhere have none: use 'model'")
 

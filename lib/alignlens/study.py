@@ -67,6 +67,11 @@ class Study(Measurements, TrainedDictionaries):
             out += [Variant(name, m, s) for m in self.methods for s in self.seeds_of(name, m)]
         return out
 
+    def first_seeds(self, *, base: bool = True) -> list[Variant]:
+        """The first seed of every method and control in every family, each base first."""
+        names = [*(["base"] if base else []), *self.methods]
+        return [Variant(f, m, self.seeds_of(f, m)[0]) for f in self.families for m in names]
+
     def seeds_of(self, family: str, method: str) -> tuple[int, ...]:
         """Seeds of a variant; a ready checkpoint has one."""
         return (0,) if method == "base" or self.checkpoint(family, method) else self.preset.seeds
@@ -373,10 +378,17 @@ class Study(Measurements, TrainedDictionaries):
                 tasks = [("latents", "latents", (v,)) for v in [*self.variants(), *null]]
                 plan.append([t for t in tasks if t[2][0].method == "base"])
                 plan.append([t for t in tasks if t[2][0].method != "base"])
+            elif stage == "geometry":
+                found = [c for f in self.families for c in self.geometry_comparisons(f)]
+                plan.append([("geometry", "geometry", (first, second)) for _, first, second in found])
+            elif stage == "dose":
+                plan.append([("part of the way", "dose", (v,)) for v in self.first_seeds(base=False)])
+            elif stage == "causal":
+                plan.append([("interventions", "causal", (v,)) for v in self.first_seeds()])
             else:
                 raise PresetError(
                     f"stage {stage!r} is unknown; choose from variants, behavior, probes, calibration, dictionaries, "
-                    "latents"
+                    "latents, geometry, dose, causal"
                 )
         self._run(plan)
 
