@@ -276,12 +276,13 @@ class Measurements:
             tables = [
                 causal.steer(*inputs, directions | written, strength=p.steer_strengths, **options),
                 causal.ablate(*inputs, directions, **options),
-                causal.ablate_latents(*inputs, found, told, **options).assign(name=lambda t: "latent " + t["name"]),
             ]
+            if told:
+                removed = causal.ablate_latents(*inputs, found, told, **options)
+                tables.append(removed.assign(name="latent " + removed["name"]))
             if self.tiny_world or self.needs_reward_model:
                 tables.append(self._sampled_steering(variant.family, inputs, directions, options))
-            table = pd.concat([t for t in tables if len(t)], ignore_index=True)
-            store.write_table(folder / "interventions.parquet", table)
+            store.write_table(folder / "interventions.parquet", pd.concat(tables, ignore_index=True))
             if variant != base:
                 other = activations.bridge(self.load(base)[0], own=True)
                 ways = {"variant": (other, bridged), "base": (bridged, other)}
