@@ -9,6 +9,8 @@ import nbformat
 import pandas as pd
 import pytest
 
+from alignlens import claims
+
 ROOT = Path(__file__).parents[1]
 PAPERMILL = [sys.executable, "-m", "papermill"]
 FIGURES = """
@@ -18,10 +20,12 @@ transfer_matrix transfer_gaps
 sae_quality sae_training sae_stability sae_density sae_factors sae_top_latents sae_changes sae_shifts sae_anchors
 published_saes planted_truth planted_samples crosscoder_rho crosscoder_rho_theta crosscoder_labels
 crosscoder_sensitivity published_classes crosscoder_window
+planted_geometry geometry_layers decomposition dose_response matched_dose steering ablations patching steered_samples published_changes published_floors verdicts
 """.split()
 TABLES = """
 bases splits doses objectives noise_floors best_layers selectivity changes sae_names planted_truth_summary
 crosscoder_quality published_extras figure_index
+geometry decomposition_seeds causal claims published_class_shares
 """.split()
 
 pytestmark = pytest.mark.notebook
@@ -56,7 +60,9 @@ def test_every_table_is_there(executed, name):
 
 def test_nothing_else_is_left_behind(executed):
     left = [
-        p.name for p in executed.iterdir() if p.suffix not in {".png", ".svg", ".csv", ".ipynb"} or "failed" in p.name
+        p.name
+        for p in executed.iterdir()
+        if p.suffix not in {".png", ".svg", ".csv", ".ipynb"} and p.name != "claims.json" or "failed" in p.name
     ]
     assert not left
 
@@ -99,6 +105,17 @@ def test_dictionaries_find_what_they_must(executed):
     assert index.item.tolist() == list(range(1, 71))
     named = {name for names in index.ours for name in names.split("; ")}
     assert not [name for name in named if not (executed / f"{name}.csv").exists()]
+
+
+def test_every_claim_has_a_verdict_and_numbers_that_can_be_traced(executed):
+    """One family cannot replicate anything: the rules ask for two."""
+    document = claims.read(executed / "claims.json")
+    assert [c["id"] for c in document["claims"]] == [f"C{i}" for i in range(1, 9)]
+    assert {c["verdict"] for c in document["claims"]} == {claims.NOT_TESTABLE}
+    for claim in document["claims"]:
+        for number in claim["here_sound"]["numbers"]:
+            assert number["run"] == document["run_id"]
+            assert (executed / number["source"]).exists(), number
 
 
 def test_a_mistyped_parameter_stops_the_run(tmp_path):

@@ -258,7 +258,6 @@ class Measurements:
         p, base = self.preset, Variant(variant.family, "base")
         layer, format = self.crosscoder_layer(variant.family), self.format(variant.family)
         sae = self.sae(variant.family, layer)
-        self.latents(variant)
 
         def make(folder: Path) -> dict:
             pairs, fitted = self._causal_halves(variant.family)

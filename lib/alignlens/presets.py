@@ -142,9 +142,9 @@ class Preset:
 
     null_draws: int = 3
     dose_shares: tuple = (0.33, 0.67)
-    causal_pairs: int = 64
+    causal_pairs: int = 48
     random_directions: int = 20
-    steer_strengths: tuple = (-0.5, -0.25, 0.25, 0.5)
+    steer_strengths: tuple = (-0.25, 0.25, 0.5)
 
     store: str = ".alignlens"
     shipped: str | None = "data/tiny"
@@ -189,7 +189,7 @@ PRESETS = MappingProxyType(
             null_draws=1,
             dose_shares=(0.5,),
             causal_pairs=24,
-            steer_strengths=(-0.5, 0.5),
+            steer_strengths=(-0.25, 0.25),
             shipped=None,
         ),
         "tiny": Preset(),

@@ -226,7 +226,7 @@ def leak_check(y, p, fold_ids, pair_ids, *, bootstrap=1000, seed=0) -> dict:
 def noise_floor(n_pairs, d_model, *, protocol="grouped", seed=0) -> float:
     """AUROC that a protocol (5 folds) reports on pure Gaussian pairs of this size: 0.5 for an honest one.
 
-    Known for `published`: 0.951 at 897 pairs x 2048 dimensions, 0.74 at 5000 x 2048, 0.645 at 10000 x 2048.
+    Known for `published`: 0.951 at 897 pairs x 2048 dimensions, 0.74 at 5000 x 2048, 0.63 at 10000 x 2048.
     Gaussian noise has full rank; `permuted_sign_null` gives the floor of real, correlated features.
     """
     pairs = gaussian_pairs(n_pairs, 1, d_model, seed=seed)
