@@ -21,7 +21,7 @@ from scipy.stats import beta, chi2, false_discovery_control, norm
 
 from . import presets, probes, store
 from .errors import AlignlensError
-from .tables import matched_dose
+from .mechanism_tables import matched_dose
 
 SCHEMA = "alignlens.claims/1"
 REPLICATED, CHANGED, NOT_REPLICATED, NOT_TESTABLE = "replicated", "changed", "not replicated", "not testable here"
