@@ -63,6 +63,9 @@ def save(figure, table: pd.DataFrame, name: str, study) -> None:
     """Write ``figures/<preset>/<name>`` as .png, .svg and .csv, stamped with preset and run id, and show it."""
     folder = Path(presets.place(study.preset.figures)) / study.preset.name
     folder.mkdir(parents=True, exist_ok=True)
+    room = 0.13 / figure.get_figheight()  # below the axes' own labels
+    if figure.get_layout_engine() is not None:
+        figure.get_layout_engine().set(rect=(0, room, 1, 1 - room))
     figure.text(
         0.999,
         0.002,

@@ -92,7 +92,7 @@ def dose_path(study: Study) -> pd.DataFrame:
         tables = {name: made.table(f"{name}.parquet") for name in ("behavior", *DOSE_LAYER_COLUMNS)}
         for share in (0.0, *study.preset.dose_shares, 1.0):
             row = dataclasses.asdict(variant) | {"share": share, "layer": layer}
-            partial = tables["behavior"][tables["behavior"].share == share].drop(columns="share")
+            partial = tables["behavior"][tables["behavior"].share == share].reset_index(drop=True)
             said = before if share == 0 else study.behavior(variant) if share == 1 else partial
             behaved = behavior.compare([said], before, **draws).set_index("measure")
             for measure in ("kl", *DOSE_MEASURES):

@@ -99,7 +99,7 @@ class Preset:
     reward_share: float = 0.2
     measure_share: float = 0.2
     split_seed: int = 0
-    measured: int = 400
+    measured: int = 1000
     sampled: int = 200
 
     layers: int = 6
@@ -187,7 +187,7 @@ PRESETS = MappingProxyType(
             calibration_seeds=1,
             calibration_samples=40_000,
             null_draws=1,
-            dose_shares=(0.5,),
+            dose_shares=(0.4, 0.7),
             causal_pairs=24,
             steer_strengths=(-0.25, 0.25),
             shipped=None,

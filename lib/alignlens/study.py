@@ -344,7 +344,7 @@ class Study(Measurements, TrainedDictionaries):
         made += [self.variant(v) for v in self._slowest_first()]
         made += [getattr(self, method)(*words) for tasks in self._dictionary_plan() for _, method, words in tasks]
         made += [self.calibration(*words) for words in self.calibrations()]
-        made += [self.causal(v) for v in self.first_seeds()]
+        made += [self.causal(v) for v in self.first_seeds()] + [self.dose(v) for v in self.first_seeds(base=False)]
         for artifact in made:
             store.ship(artifact, presets.place(str(folder)))
         return len(made)
