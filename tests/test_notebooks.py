@@ -20,7 +20,7 @@ transfer_matrix transfer_gaps
 sae_quality sae_training sae_stability sae_density sae_factors sae_top_latents sae_changes sae_shifts sae_anchors
 published_saes planted_truth planted_samples crosscoder_rho crosscoder_rho_theta crosscoder_labels
 crosscoder_sensitivity published_classes crosscoder_window
-planted_geometry geometry_layers decomposition dose_response matched_dose
+planted_geometry geometry_layers decomposition pairs_needed dose_response matched_dose
 steering ablations patching steered_samples published_changes published_floors verdicts
 """.split()
 TABLES = """

@@ -132,6 +132,29 @@ def decomposition(table: pd.DataFrame):
     return figure
 
 
+def pairs_needed(table: pd.DataFrame):
+    """What base's probe loses on the other model, over the number of pairs: the method, and the nulls beside it.
+
+    table : ``mechanism_tables.pairs_needed``. Lower row: AUROC of base's own probe.
+    """
+    families = _families(table)
+    names = {"gap": "AUROC lost to base's probe", "base": "AUROC, base's own probe"}
+    figure, axes = _grid(2, len(families), 3.8, 2.3, sharex=True, sharey="row")
+    for i, (name, words) in enumerate(names.items()):
+        for axis, family in zip(axes[i], families, strict=True):
+            for method in _order(table.method):
+                rows = table[(table.family == family) & (table.method == method)]
+                if name == "gap" or method not in NULLS:
+                    _line(axis, rows, "pairs", name, method if name == "gap" else "base")
+            if name == "gap":
+                axis.axhline(0, color="#333333", lw=0.7)
+                axis.set_title(family)
+        axes[i, 0].set_ylabel(words, size=8.5)
+    figure.supxlabel("pairs, base's best layer", size=9)
+    _legend(figure, {*table.method, "base"})
+    return figure
+
+
 def dose_response(path: pd.DataFrame, dose: float | None):
     """Separability, geometry and behaviour against dose, base at the origin: one row a family, one column a measure."""
     families, names = _families(path), [n for n in DOSE if n in path and path[n].notna().any()]

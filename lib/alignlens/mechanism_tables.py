@@ -69,6 +69,30 @@ def clear_parts(parts: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def pairs_needed(study: Study, shares=(0.2, 0.4, 0.6, 0.8, 1.0)) -> pd.DataFrame:
+    """The decomposition at the reference layer with fewer prompts: how many does it take to see a turned signal?
+
+    One method (dpo, if there) and the nulls of each family: family, method, pairs, then ``geometry.decompose``.
+    """
+    from . import geometry
+
+    draws = {"folds": study.preset.folds, "bootstrap": study.preset.bootstrap}
+    rows = []
+    for family, layer in reference_layers(study).items():
+        found = {name: pair for name, *pair in study.comparisons(family)}
+        shown = min((m for m in found if m in study.methods), key=lambda m: m != "dpo")
+        for name in [n for n in (shown, "seeds", "random") if n in found]:
+            first, second = map(study.activations, found[name])
+            order = pd.factorize(first.prompt_id)[0]
+            for share in shares:
+                few = order < share * (order.max() + 1)
+                sides = ([x[few][:, None] for x in model.at(layer)] for model in (first, second))
+                table = geometry.decompose(*sides, first.prompt_id[few], **draws)
+                rows.append(table.assign(family=family, method=name, layer=layer, pairs=int(few.sum())))
+    table = pd.concat(rows, ignore_index=True)
+    return table[["family", "method", "pairs", *[c for c in table if c not in ("family", "method", "pairs")]]]
+
+
 DOSE_MEASURES = ("accuracy", "margin", "score", "length", "chosen_shift", "rejected_shift")
 DOSE_LAYER_COLUMNS = {
     "decomposition": ("aligned", "change", "gap"),
