@@ -1,0 +1,356 @@
+"""The page says what the numbers say, in words that never promise more, in one file that needs nothing else."""
+
+import base64
+import copy
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from alignlens import audit, report
+from alignlens.audit import number
+from alignlens.errors import AlignlensError
+
+ROOT = Path(__file__).parents[1]
+LAYERS = 4
+
+
+def made(**changes) -> dict:
+    """A result in which much happened; changes replace whole sections."""
+    auroc = lambda v, floor=0.05: number(v, v - 0.03, v + 0.03, null=0.5, floor=floor, unit="AUROC")  # noqa: E731
+    change = lambda v, half=0.01: number(v, v - half, v + half, floor=half, unit="AUROC")  # noqa: E731
+    nats = lambda v, half=0.1: number(v, v - half, v + half, floor=0.05, unit="nats")  # noqa: E731
+    behaviour = {
+        "status": "measured",
+        "numbers": {
+            "kl": nats(3.0), "kl_token": nats(0.1, 0.01), "margin": nats(2.0), "chosen_shift": nats(-1.0),
+            "rejected_shift": nats(-3.0), "length_shift": nats(5.0, 1.0), "base_length": nats(10),
+            "aligned_length": nats(15),
+            "accuracy": number(0.75, 0.7, 0.8, null=0.5, floor=0.04, unit="share of pairs"),
+        },
+        "answers": 100,
+        "cut": {"base": 0.0, "aligned": 0.0},
+        "shifts": {side: {"low": -4.0, "high": 2.0, "counts": [1, 2, 3]} for side in ("chosen", "rejected")},
+        "margin_quantiles": [-1, 0, 2, 3, 5],
+    }  # fmt: skip
+    signal = {
+        "status": "measured",
+        "layers": [
+            {"layer": i, "base": auroc(0.7), "aligned": auroc(0.7), "difference": change(0.0)} for i in range(LAYERS)
+        ],
+        "best": {"base": 1, "aligned": 2},
+        "baselines": {"length": auroc(0.52), "log_probability": auroc(0.55)},
+    }
+    parts = {"kept": 0.15, "rotated": 0.05, "rotated_repaired": 0.0, "attenuated": 0.0, "created": 0.0, "gap": 0.05,
+             "repair": 0.0, "rotation": 9.0, "scale": 1.0, "cka": 0.9, "direction": 0.8}  # fmt: skip
+    rows = [{"layer": i, "verdict": "rotated"} | {n: change(v) for n, v in parts.items()} for i in range(LAYERS)]
+    labels = {name: number(0.0, 0.0, 0.01, floor=0.0, unit="share") for name in
+              ("base_only", "aligned_only", "shared_attenuated")}  # fmt: skip
+    labels |= {"shared_same": number(0.7, 0.65, 0.75, floor=1.0), "shared_rotated": number(0.3, 0.25, 0.35, floor=0.0)}
+    latent = {
+        "latent": 3, "label": "shared_rotated", "change": number(0.1, 0.09, 0.11, floor=0.01), "degrees": 40.0,
+        "ratio": 1.1, "density": 0.02, "effect": change(0.1), "examples": [["before ", "<b>token</b>", " after"]],
+    }  # fmt: skip
+    latents = {
+        "status": "measured", "layer": 2, "width": 64, "k": 8, "tokens": 5000, "held_out": 5000, "masked": 0,
+        "r2": {"base": 0.9, "aligned": 0.9}, "live": 60, "labels": labels, "shuffled": labels, "change_floor": 0.01,
+        "top": [latent],
+    }  # fmt: skip
+
+    def test(intervention, value, beats):
+        effect = number(value, value - 0.2, value + 0.2, null=0.0, floor=0.3, unit="nats")
+        return {"intervention": intervention, "direction": "own", "measure": "margin", "effect": effect, "p": 0.04,
+                "beats": beats}  # fmt: skip
+
+    causal = {
+        "status": "measured", "layer": 2, "strength": 0.5, "pairs": 64, "random": 20,
+        "tests": {"base": [test("steer", 0.1, False), test("ablate", 0.0, False)],
+                  "aligned": [test("steer", 2.0, True), test("ablate", 0.0, False)]},
+        "patching": {"layers": [{"layer": i, "share": change((i + 1) / LAYERS)} for i in range(LAYERS)], "reason": ""},
+    }  # fmt: skip
+    side = {"name": "org/base", "revision": None, "weights": "a" * 16, "architecture": "LlamaForCausalLM",
+            "layers": LAYERS,
+            "d_model": 32, "parameters": 1000, "vocabulary": 99, "dtype": "float32"}  # fmt: skip
+    weights = {"status": "measured", "share": number(0.1, 0.1, 0.1, floor=0.0),
+               "layers": [{"layer": i, "share": number(0.1, 0.1, 0.1, floor=0.0)} for i in range(LAYERS)]}  # fmt: skip
+    return {
+        "schema": audit.SCHEMA,
+        "date": None,
+        "models": {"base": side, "aligned": side | {"name": "org/<dpo>", "weights": "b" * 16}, "identical": False},
+        "pairs": {"source": "pairs.jsonl", "hash": "c" * 16, "pairs": 500, "prompts": 500, "median_tokens": 50,
+                  "longest_tokens": 99, "dropped": {"duplicate": 2}},
+        "format": {"template": "chat", "max_length": 512, "notes": [], "fingerprint": "d" * 16, "example": "<|user|>"},
+        "weights": weights, "behaviour": behaviour, "signal": signal, "change": {"status": "measured", "layers": rows},
+        "latents": latents, "causal": causal,
+        "power": {"margin": 0.3, "kl": 0.4, "accuracy": 0.05, "length_shift": 1.0, "auroc": 0.03},
+        "warnings": [{"code": "few prompts", "text": "Few & <far> between."}],
+        "methods": {"versions": {"torch": "2"}, "commit": None, "layers": list(range(LAYERS)), "folds": 5,
+                    "equivalence": 0.02, "settings": {"seed": 0}},
+    } | changes  # fmt: skip
+
+
+def said(result: dict) -> dict[str, str]:
+    return {line["title"]: line["text"].replace("\u00a0", " ") for line in report.verdict(result)}
+
+
+class Links(HTMLParser):
+    """All that a page would fetch, its tags, and images without a description."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.fetched, self.tags, self.mute, self.words = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.append(tag)
+        self.fetched += [attributes[n] for n in ("src", "href", "srcset", "data", "action") if n in attributes]
+        if tag == "img" and not attributes.get("alt"):
+            self.mute.append(attributes)
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_one_file_without_scripts_and_without_requests():
+    text = report.page(made())
+    page = Links(text)
+    assert page.fetched and all(link.startswith("data:image/svg+xml;base64,") for link in page.fetched)
+    assert not {"script", "iframe", "link", "object"} & set(page.tags)
+    assert not re.search(r"@import|url\(", text)
+    for link in page.fetched:
+        svg = base64.b64decode(link.split(",")[1]).decode()
+        assert not re.search(r'(?:href|src)="(?!#)', svg)
+
+
+def test_every_figure_has_a_description_and_a_reading():
+    text = report.page(made())
+    page = Links(text)
+    assert page.tags.count("img") == 7 and not page.mute
+    assert text.count("<figcaption>") == 7
+
+
+def test_the_page_is_readable_on_a_phone_and_without_code():
+    text = report.page(made())
+    assert 'name="viewport"' in text
+    assert text.count("<table>") == text.count('<div class="box"><table>') and ".box { overflow-x: auto" in text
+    assert "import " not in text and "Traceback" not in text
+
+
+def test_texts_of_models_and_answers_cannot_become_markup():
+    text = report.page(made())
+    assert "org/<dpo>" not in text and "org/&lt;dpo&gt;" in text
+    assert "<mark>&lt;b&gt;token&lt;/b&gt;</mark>" in text
+    assert "Few &amp; &lt;far&gt; between." in text
+    opened = [
+        t for t in Links(text).tags if t not in ("meta", "img", "br", "html", "head", "body", "title", "style", "main")
+    ]
+    assert all(text.count(f"<{t}>") + text.count(f"<{t} ") == text.count(f"</{t}>") for t in opened)
+
+
+def test_the_same_numbers_give_the_same_bytes():
+    assert report.page(made()) == report.page(copy.deepcopy(made()))
+
+
+def test_every_section_can_be_missing():
+    refused = {"status": "not measured", "reason": "Too few tokens."}
+    for name in ("behaviour", "signal", "change", "latents", "causal"):
+        result = made(**{name: refused})
+        assert "Not measured. Too few tokens." in report.page(result)
+        assert "Too few tokens" in said(result)["Not measured"]
+    everything = dict.fromkeys(("behaviour", "signal", "change", "latents", "causal"), refused)
+    assert len(said(made(**everything))) == 5
+    assert report.page(made(**everything))
+
+
+# --- the words --------------------------------------------------------------------------------------------------------
+
+
+def test_five_lines_say_what_happened():
+    found = said(made())
+    assert list(found) == ["How far it moved", "Where", "What kind of change", "Within noise", "Not measured"]
+    assert "clearly: 3 (2.9 to 3.1) nats" in found["How far it moved"]
+    assert "favours the chosen answer in 75 %" in found["How far it moved"]
+    assert "likelihood displacement" in found["How far it moved"]
+    assert "after block 1 of 4" in found["Where"]
+    assert "25 % points in another direction (at 4 of 4 layers)" in found["What kind of change"]
+    assert "30 % rotated" in found["What kind of change"]
+    assert "no judge" in found["Not measured"]
+
+
+def test_a_model_that_moved_the_wrong_way_is_said_to():
+    result = made()
+    result["behaviour"]["numbers"] |= {
+        "margin": number(-2, -2.1, -1.9, floor=0.05),
+        "accuracy": number(0.2, 0.15, 0.25, null=0.5, floor=0.04),
+    }
+    assert "favours the rejected answer in 80 %" in said(result)["How far it moved"]
+
+
+def test_a_win_rate_beyond_noise_is_said():
+    result = made()
+    result["behaviour"]["numbers"]["win_rate"] = number(0.4, 0.35, 0.45, null=0.5, floor=0.06, unit="share of prompts")
+    assert "win 40 % (35 % to 45 %) of comparisons" in said(result)["How far it moved"]
+    assert "no judge" not in said(result)["Not measured"]
+
+
+def widened(half) -> dict:
+    """Nothing kind of happened to the probes; the change of AUROC is known to ± half."""
+    result = made()
+    for row in result["change"]["layers"]:
+        row["verdict"] = "kept"
+    for row in result["signal"]["layers"]:
+        row["difference"] = number(0.0, -half, half, floor=half)
+    return result
+
+
+def test_silence_is_called_preserved_only_within_the_margin():
+    assert "preserved" in said(widened(0.019))["What kind of change"]
+    text = report.page(widened(0.021)) + " ".join(said(widened(0.021)).values())
+    assert "changes of AUROC smaller than 0.03 could not have been seen" in text
+    assert "preserved" not in text.lower()
+
+
+def test_noise_is_not_called_preserved():
+    result = widened(0.001)
+    for row in result["signal"]["layers"]:
+        row["base"] = row["aligned"] = number(0.51, 0.45, 0.57, null=0.5, floor=0.05)
+    assert "preserved" not in report.page(result).lower()
+    assert "no readable preference signal" in said(result)["What kind of change"]
+
+
+def test_one_layer_of_many_is_chance():
+    result = widened(0.01)
+    result["change"]["layers"][2]["verdict"] = "created"
+    assert report.changed_layers(result)["created"] == []
+    result["change"]["layers"][3]["verdict"] = "rotated+created"
+    assert report.changed_layers(result)["created"] == [2, 3]
+
+
+def test_labels_count_only_beyond_the_base_with_itself():
+    result = made()
+    result["latents"]["labels"]["shared_rotated"] = number(0.3, 0.25, 0.35, floor=0.26)
+    assert report.changed_labels(result) == []
+
+
+def test_beyond_needs_interval_and_floor():
+    assert audit.beyond(number(1, 0.5, 1.5, floor=0.9))
+    assert not audit.beyond(number(1, 0.5, 1.5, floor=1.1))
+    assert not audit.beyond(number(1, -0.1, 2.1, floor=0.1))
+    assert not audit.beyond(number(1))
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    files = report.write(made(), tmp_path / "new" / "audit")
+    assert [f.name for f in files] == ["audit.html", "audit.json"]
+    found = report.read(tmp_path / "new" / "audit")
+    assert [line["title"] for line in found["verdict"]] == list(said(made()))
+    assert {k: found[k] for k in made()} == json.loads(json.dumps(made()))
+
+
+def test_a_failure_leaves_the_old_audit_and_nothing_half_written(tmp_path, monkeypatch):
+    report.write(made(date="before"), tmp_path / "audit")
+    (tmp_path / "audit" / "notes.txt").write_text("mine")
+    monkeypatch.setattr(Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        report.write(made(date="after"), tmp_path / "audit")
+    monkeypatch.undo()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["audit"]
+    assert sorted(p.name for p in (tmp_path / "audit").iterdir()) == ["audit.html", "audit.json", "notes.txt"]
+    assert report.read(tmp_path / "audit")["date"] == "before"
+    report.write(made(date="after"), tmp_path / "audit")
+    assert report.read(tmp_path / "audit")["date"] == "after"
+    assert (tmp_path / "audit" / "notes.txt").read_text() == "mine"
+
+
+# --- side by side -----------------------------------------------------------------------------------------------------
+
+
+def renamed(name: str, **changes) -> dict:
+    result = made(**changes)
+    result["models"] = result["models"] | {"aligned": result["models"]["aligned"] | {"name": name}}
+    return result
+
+
+@pytest.fixture
+def audits(tmp_path) -> Path:
+    for name in ("dpo", "kto", "orpo"):
+        report.write(renamed(name), tmp_path / "runs" / name)
+    return tmp_path / "runs"
+
+
+def test_lists_commas_and_patterns_name_the_same_audits(audits):
+    names = [audits / n for n in ("dpo", "kto", "orpo")]
+    assert report.find(f"{audits}/*") == report.find([str(n) for n in names]) == report.find(", ".join(map(str, names)))
+    assert list(report.gather(names)) == ["dpo", "kto", "orpo"]
+    assert list(report.gather([names[0], names[0] / "audit.json"])) == ["dpo", "dpo′"]
+
+
+def test_a_comparison_shows_every_model_and_fetches_nothing(audits, tmp_path):
+    page = Links(report.compare(f"{audits}/*", tmp_path / "out").read_text(encoding="utf-8"))
+    assert {"dpo", "kto", "orpo"} <= set(page.words)
+    assert page.fetched and all(link.startswith("data:") for link in page.fetched) and not page.mute
+
+
+def broken(path: Path, change) -> Path:
+    result = json.loads((path / "audit.json").read_text())
+    change(result)
+    (path / "audit.json").write_text(json.dumps(result))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda r: r.update(schema="alignlens.audit/2"), "schema 'alignlens.audit/2', this version reads"),
+        (lambda r: r["pairs"].update(hash="0"), "differ in their pairs"),
+        (lambda r: r["models"]["base"].update(weights="0"), "differ in their base"),
+        (lambda r: r["format"].update(fingerprint="0"), "differ in their format"),
+        (lambda r: r["methods"].update(layers=[0]), "differ in their layers"),
+    ],
+)
+def test_only_like_is_compared_with_like(audits, tmp_path, change, words):
+    broken(audits / "kto", change)
+    with pytest.raises(AlignlensError, match=words):
+        report.compare(f"{audits}/*", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_audits_that_cannot_be_read(audits, tmp_path):
+    with pytest.raises(AlignlensError, match="does not exist"):
+        report.gather(report.find(f"{audits}/dpo,{tmp_path}/none"))
+    with pytest.raises(AlignlensError, match="needs at least two"):
+        report.find(str(audits / "dpo"))
+    with pytest.raises(AlignlensError, match="nothing matches"):
+        report.find(f"{tmp_path}/none*")
+    with pytest.raises(AlignlensError, match="has no 'pairs': it was cut or edited"):
+        report.read(broken(audits / "orpo", lambda r: r.pop("pairs")))
+    (audits / "kto" / "audit.json").write_text("{")
+    with pytest.raises(AlignlensError, match="no readable audit.json"):
+        report.read(audits / "kto")
+
+
+@pytest.mark.notebook
+def test_the_comparison_notebook(audits, tmp_path):
+    words = [str(ROOT / "notebooks" / "compare_audits.ipynb"), str(tmp_path / "r.ipynb"), "--no-progress-bar"]
+    words += ["-p", "audits", "runs/*", "-p", "out", "out"]
+    done = subprocess.run(
+        [sys.executable, "-m", "papermill", *words], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-500:]
+    assert (tmp_path / "out" / "comparison.html").stat().st_size > 5000
+
+
+def test_a_mistyped_parameter_is_named():
+    with pytest.raises(AlignlensError, match="'audit' is unknown; did you mean 'audits'"):
+        audit.given({"audits": None, "audit": "runs/*", "_": 3, "Path": Path}, ["audits", "out"])
