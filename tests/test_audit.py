@@ -21,7 +21,7 @@ from transformers import (
     SmolLM3Config,
 )
 
-from alignlens import audit, models, report, tinyworld
+from alignlens import audit, audit_inputs, models, report, tinyworld
 from alignlens.errors import AlignlensError
 
 ROOT = Path(__file__).parents[1]
@@ -101,7 +101,7 @@ def aligned(base, tmp_path_factory) -> Path:
 
 def ask(base, aligned="", **options) -> audit.Audit:
     words = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
-    return audit.Audit(audit.request(base=str(base), aligned=str(aligned), **(FAST | words)))
+    return audit.Audit(audit_inputs.request(base=str(base), aligned=str(aligned), **(FAST | words)))
 
 
 def numbers(value):
@@ -382,7 +382,7 @@ def test_pairs_that_cannot_be_used(base, aligned, pairs, tmp_path):
 )  # fmt: skip
 def test_parameters_that_cannot_be_used(options, words):
     with pytest.raises(AlignlensError, match=words.replace("(", r"\(")):
-        audit.from_notebook({"base": "a", "aligned": "b"} | options)
+        audit_inputs.from_notebook({"base": "a", "aligned": "b"} | options)
 
 
 def test_layers_beyond_the_model(base, aligned, pairs):

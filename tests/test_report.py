@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from alignlens import audit, report
+from alignlens import audit, audit_inputs, report
 from alignlens.audit import number
 from alignlens.errors import AlignlensError
 
@@ -353,4 +353,4 @@ def test_the_comparison_notebook(audits, tmp_path):
 
 def test_a_mistyped_parameter_is_named():
     with pytest.raises(AlignlensError, match="'audit' is unknown; did you mean 'audits'"):
-        audit.given({"audits": None, "audit": "runs/*", "_": 3, "Path": Path}, ["audits", "out"])
+        audit_inputs.given({"audits": None, "audit": "runs/*", "_": 3, "Path": Path}, ["audits", "out"])

@@ -86,7 +86,7 @@ def test_imports_point_one_way():
         "errors presets store tinyworld preferences models align behavior activations nulls probes geometry "
         "dictionaries sparc calibration latents causal interchange stages measurements trained_dictionaries study "
         "tables dictionary_tables mechanism_tables claims figures dictionary_figures mechanism_figures claim_figures "
-        "audit audit_figures report browser runs"
+        "audit_inputs audit audit_figures report browser runs"
     ).split()
     for position, room in enumerate(rooms):
         text = (ROOT / "lib" / "alignlens" / f"{room}.py").read_text()

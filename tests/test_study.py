@@ -302,7 +302,7 @@ def test_all_tiny_variants_are_shipped_and_intact():
     assert tiny.store.shipped
     shipped = tiny.store.shipped[0]
     for family in tiny.families:
-        base = tiny.store.find("base", **tiny._base_identity(family))
+        base = tiny.store.find("base", **tiny.base_identity(family))
         assert base is not None and shipped in base.path.parents, family
         assert base.extra["loss"] < 1
     for variant in tiny.variants(base=False):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import hashlib
 import importlib.metadata
 import math
@@ -26,9 +25,9 @@ import torch
 from scipy import stats
 
 from . import activations, behavior, causal, dictionaries, geometry, latents, models, preferences, probes
-from .errors import AlignlensError, DictionaryError, ProbeError
-from .preferences import Formatter
-from .store import LIBRARIES, content_hash
+from .audit_inputs import Request, check_shapes, context, is_adapter, load, one_format, shown
+from .errors import AuditError, DictionaryError, NotMeasured, ProbeError
+from .store import LIBRARIES, content_hash, git_commit
 
 SCHEMA = "alignlens.audit/1"
 PAIRS = "argilla/ultrafeedback-binarized-preferences-cleaned"
@@ -44,121 +43,6 @@ TOP_LATENTS = 8
 POWER = stats.norm.ppf(0.975) + stats.norm.ppf(0.8)  # effect over standard error that is seen with 80 % power
 CAUSAL_TOKENS = 10_000  # that causal tests read in one pass on a CPU
 BATCH_TOKENS = 8192  # in one batch, unless batch_size is given
-
-
-class AuditError(AlignlensError):
-    """An audit cannot be made of these models, pairs or parameters."""
-
-
-# --- What is asked for ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Request:
-    """Parameters of an audit; without base, aligned and adapter it is one of the shipped toy models.
-
-    base, aligned : hub id, local folder, or a shipped toy model (``tiny:llama``, ``tiny:llama:dpo``, ``:1`` for another
-        seed). adapter : PEFT adapter on top of ``aligned``, which is the base unless it is given.
-    pairs : held-out pairs, a hub id or .jsonl/.csv/.parquet file; the toy models bring theirs.
-    layers : "auto" (all, or 12 evenly spread), "all" or block indices. limit : most pairs. sampled : most prompts that
-        are answered. causal_pairs : pairs of the causal tests, which repeat about 100 passes over them; by default 64,
-        on a CPU fewer (16 at least) where answers are long.
-    on_bad : rows that cannot be used, "refuse" or "drop"; by default drop in hub data, else refuse.
-    batch_size : by default as many as make about 8,192 tokens, at most 64. template : "auto", "chat" or "plain".
-    date : shown on the page as given; none by default, so that bytes repeat.
-    """
-
-    base: str
-    aligned: str = ""
-    adapter: str | None = None
-    pairs: str | None = None
-    layers: str | tuple[int, ...] = "auto"
-    limit: int = 1000
-    sampled: int = 200
-    causal_pairs: int | None = None
-    response_tokens: int = 64
-    max_length: int | None = None
-    template: str = "auto"
-    on_bad: str | None = None
-    batch_size: int | None = None
-    bootstrap: int = 1000
-    permutations: int = 40
-    device: str = "auto"
-    trust_remote_code: bool = False
-    seed: int = 0
-    date: str | None = None
-    out: str = "audit"
-
-
-def from_notebook(names: dict) -> Request:
-    """The request of a notebook from its global names; every plain value must be a parameter.
-
-    Call it before anything else is assigned: papermill sets parameters that it does not know with a warning only.
-    """
-    return request(**given(names, [field.name for field in dataclasses.fields(Request)]))
-
-
-def given(names: dict, known: list[str]) -> dict:
-    """The plain values among a notebook's global names; AuditError for one that is no known parameter."""
-    skip = {"In", "Out", "exit", "quit", "get_ipython", "open"}
-    plain = (str, int, float, bool, list, tuple, dict, type(None))
-    found = {k: v for k, v in names.items() if not k.startswith("_") and k not in skip and isinstance(v, plain)}
-    for name in found:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            raise AuditError(f"parameter {name!r} is unknown; {hint}")
-    return found
-
-
-def request(**given) -> Request:
-    """A checked ``Request``; None leaves a parameter at its default. AuditError names what cannot be used."""
-    known = {field.name: field for field in dataclasses.fields(Request)}
-    given = {name: value for name, value in given.items() if value is not None}
-    if not {"base", "aligned", "adapter"} & given.keys():
-        given |= {"base": "tiny:llama", "aligned": "tiny:llama:dpo"}  # a first look, without any download
-    if not given.get("base"):
-        raise AuditError("no base is given: pass -p base with a hub id or a folder")
-    if not given.get("aligned"):
-        if not given.get("adapter"):
-            raise AuditError("no aligned model is given: pass -p aligned with a hub id or a folder, or -p adapter")
-        given["aligned"] = given["base"]
-    given["layers"] = _layers(given.get("layers", "auto"))
-    counts = (
-        "limit",
-        "sampled",
-        "causal_pairs",
-        "response_tokens",
-        "max_length",
-        "batch_size",
-        "bootstrap",
-        "permutations",
-    )
-    for name in counts:
-        value = given.get(name, 1)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise AuditError(f"{name} is {value!r}; give a whole number of at least 1")
-    choices = {"on_bad": ("refuse", "drop"), "device": ("auto", "cpu", "cuda"), "template": ("auto", "chat", "plain")}
-    for name, allowed in choices.items():
-        if name in given and given[name] not in allowed:
-            raise AuditError(f"{name} is {given[name]!r}; choose one of {', '.join(allowed)}")
-    if isinstance(given.get("seed", 0), bool) or not isinstance(given.get("seed", 0), int):
-        raise AuditError(f"seed is {given['seed']!r}; give a whole number")
-    out = Path(given.get("out", "audit")).expanduser()
-    if out.is_file():
-        raise AuditError(f"out is {str(out)!r}, which is a file; give a folder")
-    return Request(**{name: str(v) if known[name].type.startswith("str") and name != "layers" else v
-                      for name, v in given.items()})  # fmt: skip
-
-
-def _layers(value) -> str | tuple[int, ...]:
-    if value in ("auto", "all"):
-        return value
-    listed = str(value).strip("[]() ").split(",") if not isinstance(value, list | tuple) else value
-    try:
-        return tuple(int(str(layer)) for layer in listed)
-    except ValueError:
-        raise AuditError(f"layers is {value!r}; give 'auto', 'all' or block indices such as 0,4,8") from None
 
 
 # --- Numbers ----------------------------------------------------------------------------------------------------------
@@ -252,144 +136,6 @@ def _wilson(labels: pd.Series, name: str) -> tuple[float, float, float]:
     return count / total, low, high
 
 
-# --- Models and pairs -------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Side:
-    """One of the two models, as given and as loaded."""
-
-    name: str
-    model: object
-    tokenizer: object
-    revision: str | None = None
-
-    @cached_property
-    def weights_hash(self) -> str:
-        """16 hex digits of names, shapes and bytes of all weights, an adapter merged."""
-        digest = hashlib.sha256()
-        for name, weight in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} ".encode())
-            digest.update(weight.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
-
-    @cached_property
-    def facts(self) -> dict:
-        config = self.model.config.get_text_config()
-        return {
-            "name": self.name,
-            "revision": self.revision,
-            "weights": self.weights_hash,
-            "architecture": type(self.model).__name__,
-            "layers": config.num_hidden_layers,
-            "d_model": config.hidden_size,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "vocabulary": self.model.get_input_embeddings().weight.shape[0],
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-        }
-
-
-def _toy(source: str, study):
-    """The study's source of a shipped toy model such as tiny:llama:dpo:1."""
-    from .study import Variant
-
-    parts = source.split(":")[1:]
-    family, method, seed = [*parts, *["base", "0"][len(parts) - 1 :]] if len(parts) in (1, 2, 3) else ("", "", "")
-    if family not in study.families or method not in ["base", *study.methods] or not seed.isdigit():
-        raise AuditError(
-            f"{source!r} is no shipped toy model: give tiny:FAMILY or tiny:FAMILY:METHOD, family one of "
-            f"{', '.join(study.families)}, method one of {', '.join(study.methods)}"
-        )
-    return study.source(Variant(family, method, int(seed)))
-
-
-def _load(source: str, adapter: str | None, request: Request, study, device: str) -> Side:
-    name = _shown(source) + (f" + {_shown(adapter)}" if adapter else "")
-    if source.startswith("tiny:"):
-        found = _toy(source, study)
-        if adapter and found.adapter:
-            raise AuditError(f"{source!r} is an adapter on its base already: give either it or -p adapter")
-        source, adapter = found.model, adapter or found.adapter
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        source = str(folder)
-    model, tokenizer = models.load(source, adapter, device=device, trust_remote_code=request.trust_remote_code)
-    return Side(name, model, tokenizer, getattr(model.config, "_commit_hash", None))
-
-
-def _shown(source: str) -> str:
-    """A hub id or toy name as it is; of a local path only the last part, since reports travel."""
-    path = Path(source).expanduser()
-    return path.resolve().name if path.exists() else source
-
-
-def _is_adapter(source: str) -> bool:
-    folder = Path(source).expanduser()
-    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
-
-
-def _same_shapes(base: Side, aligned: Side) -> None:
-    for name, words in (("architecture", "is a"), ("layers", "has layers:"), ("d_model", "has d_model"),
-                        ("vocabulary", "has token embeddings:")):  # fmt: skip
-        if base.facts[name] != aligned.facts[name]:
-            raise AuditError(
-                f"the aligned model {aligned.name!r} {words} {aligned.facts[name]}, the base {base.name!r} "
-                f"{base.facts[name]}: give the base that it was trained from"
-            )
-    shapes = [{n: tuple(w.shape) for n, w in side.model.state_dict().items()} for side in (base, aligned)]
-    for name in sorted(shapes[0].keys() | shapes[1].keys()):
-        if shapes[0].get(name) != shapes[1].get(name):
-            raise AuditError(
-                f"weight {name} is {shapes[0].get(name)} in the base and {shapes[1].get(name)} in the aligned model: "
-                "give the base that it was trained from"
-            )
-
-
-def _one_format(base: Side, aligned: Side, pairs, request: Request) -> tuple[Formatter, list[str]]:
-    """One formatter for both models, and what differed between their tokenizers without doing harm.
-
-    Both tokenizers must give the same ids on the real pairs. Where only one of them has a chat template, or the two
-    differ, both models are read in the aligned model's format, since that is the one it will be used in.
-    """
-    words, notes = [side.tokenizer.get_vocab() for side in (base, aligned)], []
-    wrong = sorted(token for token, place in words[0].items() if words[1].get(token) != place)
-    if wrong:
-        raise AuditError(
-            f"the two tokenizers differ in {len(wrong)} of {len(words[0])} tokens, {wrong[0]!r} first: the models "
-            "cannot be compared token for token; give the base that the aligned model was trained from"
-        )
-    if len(words[1]) > len(words[0]):
-        notes.append(f"The aligned model's tokenizer has {len(words[1]) - len(words[0])} tokens more than the base's.")
-    template = aligned.tokenizer.chat_template or base.tokenizer.chat_template
-    if base.tokenizer.chat_template != aligned.tokenizer.chat_template and request.template != "plain":
-        notes.append(
-            "The two tokenizers have different chat templates (or only one has any): both models were read in "
-            f"{'the aligned model' if aligned.tokenizer.chat_template else 'the base'}'s format."
-        )
-    limit = request.max_length or min(1024, _context(base.model))
-    if limit > _context(base.model):
-        raise AuditError(f"max_length is {limit}, the models take {_context(base.model)} tokens: lower it")
-    formats = []
-    for side in (base, aligned):
-        tokenizer = copy.deepcopy(side.tokenizer)
-        tokenizer.chat_template = template
-        formats.append(Formatter(tokenizer, max_length=limit, template=request.template))
-    encoded = [format.encode_pairs(pairs) for format in formats]
-    same = all(
-        getattr(encoded[0], name) == getattr(encoded[1], name) for name in ("prompt_ids", "chosen_ids", "rejected_ids")
-    )
-    if not same:
-        raise AuditError(
-            "the two tokenizers turn the pairs into different ids: the models cannot be compared token for token; give "
-            "the base that the aligned model was trained from"
-        )
-    return formats[1], notes
-
-
-def _context(model) -> int:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
-
-
 # --- The audit --------------------------------------------------------------------------------------------------------
 
 
@@ -412,14 +158,14 @@ class Audit:
         self.study = _study(self._scratch.name) if toy else None
         self.pairs, self.source = self._load_pairs()
         aligned, adapter = request.aligned, request.adapter
-        if _is_adapter(aligned):
+        if is_adapter(aligned):
             if adapter:
-                raise AuditError(f"aligned {_shown(aligned)!r} is an adapter and -p adapter is given too: give one")
+                raise AuditError(f"aligned {shown(aligned)!r} is an adapter and -p adapter is given too: give one")
             aligned, adapter = request.base, str(Path(aligned).expanduser())
-        self.base = _load(request.base, None, request, self.study, self.device)
-        self.aligned = _load(aligned, adapter, request, self.study, self.device)
-        _same_shapes(self.base, self.aligned)
-        self.format, self.notes = _one_format(self.base, self.aligned, self.pairs, request)
+        self.base = load(request.base, None, request, self.study, self.device)
+        self.aligned = load(aligned, adapter, request, self.study, self.device)
+        check_shapes(self.base, self.aligned)
+        self.format, self.notes = one_format(self.base, self.aligned, self.pairs, request)
         self._keep_usable()
         self.layers = self._chosen_layers()
         longest = self.encoded.report["longest_tokens"] + request.response_tokens
@@ -443,7 +189,7 @@ class Audit:
         local = path.suffix in preferences.SUFFIXES or path.exists()
         on_bad = r.on_bad or ("refuse" if local else "drop")
         pairs = preferences.load_pairs(str(path) if local else source, limit=r.limit, on_bad=on_bad)
-        return pairs, _shown(source)
+        return pairs, shown(source)
 
     def _keep_usable(self) -> None:
         """Pairs that fit the format, whole; what was dropped is counted."""
@@ -453,8 +199,8 @@ class Audit:
         loaded = self.pairs.attrs.get("report", {})
         facts = ("source", "pairs", "prompts", "rows", "over_limit")
         self.dropped |= {k: v for k, v in loaded.items() if v and k not in facts}
-        least = min(self.request.response_tokens, _context(self.base.model) // 8)  # tokens left free for an answer
-        room = _context(self.base.model) - least
+        least = min(self.request.response_tokens, context(self.base.model) // 8)  # tokens left free for an answer
+        room = context(self.base.model) - least
         answerable = np.array([len(ids) <= room for ids in encoded.prompt_ids])
         if not answerable.all():
             self.dropped["no_room_to_answer"] = int((~answerable).sum())
@@ -532,7 +278,7 @@ class Audit:
         if name not in self._sections:
             try:
                 self._sections[name] = {"status": "measured"} | getattr(self, f"_{name}")()
-            except (ProbeError, DictionaryError, _NotMeasured) as error:
+            except (ProbeError, DictionaryError, NotMeasured) as error:
                 self._sections[name] = {"status": "not measured", "reason": str(error)}
         return self._sections[name]
 
@@ -582,7 +328,7 @@ class Audit:
     @property
     def _answer_tokens(self) -> int:
         longest = max(map(len, self.encoded.prompt_ids))
-        return min(self.request.response_tokens, _context(self.base.model) - longest)
+        return min(self.request.response_tokens, context(self.base.model) - longest)
 
     def _rounding(self) -> float:
         """Nats by which a log-probability of the base depends on who shares its batch: the floor of exact numbers."""
@@ -728,7 +474,7 @@ class Audit:
         half = _halves(tokens.prompt_id, self.request.seed)[tokens.row]
         train, test = keep & (half == 0), keep & (half == 1)
         if train.sum() < LEAST_TOKENS:
-            raise _NotMeasured(
+            raise NotMeasured(
                 f"The training half has {train.sum():,} response tokens; a crosscoder needs at least {LEAST_TOKENS:,}."
             )
         config = _crosscoder_config(int(train.sum()), streams["base"].shape[1], self.request.seed)
@@ -740,7 +486,7 @@ class Audit:
             "r2": {n: _round(found["quality"][f"r2_{n}"]) for n in ("base", "aligned")},
         }  # fmt: skip
         if (worst := min(facts["r2"].values())) < READABLE:
-            raise _NotMeasured(
+            raise NotMeasured(
                 f"The crosscoder explains {worst:.2f} of the variance of held-out tokens, under {READABLE}: with "
                 f"{facts['tokens']:,} training tokens its latents are not read."
             )
@@ -799,7 +545,7 @@ class Audit:
         low, high = (scale * math.sqrt(max(mean[end], 0.0)) for end in ("low", "high"))
         return number(found["change"][latent], low, high, floor=floor, unit="share of the stream's spread")
 
-    def _context(self, tokens, at: int, around: int = 10) -> list[str]:
+    def context(self, tokens, at: int, around: int = 10) -> list[str]:
         """Text before a token, the token, and text after it, within its answer."""
         same = (tokens.row == tokens.row[at]) & (tokens.side == tokens.side[at])
         inside = np.flatnonzero(same)
@@ -894,7 +640,7 @@ class Audit:
         settings = {k: v for k, v in dataclasses.asdict(self.request).items() if k not in skip}
         return {
             "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
-            "commit": _git_commit(),
+            "commit": git_commit(),
             "layers": self.layers,
             "folds": FOLDS,
             "equivalence": EQUIVALENCE,
@@ -904,10 +650,6 @@ class Audit:
 
 SECTIONS = ("weights", "behaviour", "signal", "change", "latents", "causal")
 STRENGTH = 0.5  # of a steering vector, in units of the stream's spread
-
-
-class _NotMeasured(AlignlensError):
-    """A section cannot be measured on these data; the audit goes on without it."""
 
 
 @dataclass
@@ -928,7 +670,7 @@ def _study(folder: str):
 
     found = study.open("tiny", variants="load", shipped=str(SHIPPED), store=folder, progress=False)
     for family in found.families if SHIPPED.is_dir() else ():
-        if found.store.find("base", **found._base_identity(family)) is None:
+        if found.store.find("base", **found.base_identity(family)) is None:
             break
     else:
         if SHIPPED.is_dir():
@@ -1000,12 +742,6 @@ def _power(sections: dict) -> dict:
         found = [detectable(row["difference"]) for row in sections["signal"]["layers"]]
         out["auroc"] = _round(float(np.median(found)))
     return out
-
-
-def _git_commit() -> str | None:
-    from .store import _git_commit as commit
-
-    return commit()
 
 
 # --- Warnings ---------------------------------------------------------------------------------------------------------

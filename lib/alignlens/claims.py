@@ -20,7 +20,7 @@ import pandas as pd
 from scipy.stats import beta, chi2, false_discovery_control, norm
 
 from . import presets, probes, store
-from .errors import AlignlensError
+from .errors import ClaimError
 from .mechanism_tables import matched_dose
 
 SCHEMA = "alignlens.claims/1"
@@ -49,10 +49,6 @@ MEASURES = {
     "shared_rotated": "Share of rotated latents",
     "shared_attenuated": "Share of attenuated latents",
 }
-
-
-class ClaimError(AlignlensError):
-    """A ledger, or a table it was asked to judge, has not the form that the rules need."""
 
 
 # --- the published numbers --------------------------------------------------------------------------------------------

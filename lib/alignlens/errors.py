@@ -43,3 +43,19 @@ class GeometryError(AlignlensError):
 
 class CausalError(AlignlensError):
     """An intervention cannot be made or measured as asked."""
+
+
+class ClaimError(AlignlensError):
+    """A ledger, or a table it was asked to judge, has not the form that the rules need."""
+
+
+class AuditError(AlignlensError):
+    """An audit cannot be made of these models, pairs or parameters."""
+
+
+class ReportError(AlignlensError):
+    """An audit cannot be read or set beside others."""
+
+
+class NotMeasured(AlignlensError):
+    """A section of an audit cannot be measured on these data; the audit goes on without it."""

@@ -223,9 +223,12 @@ def steering(table: pd.DataFrame, measure: str, words: str):
             here = rows[(rows.family == family) & (rows.name == name)]
             for method in _order(here.method):
                 line = here[here.method == method].sort_values("strength")
-                axis.plot(
-                    line.strength, line.value, color=STYLE[method][0], ls=STYLE[method][1], lw=1.3, alpha=0.9, zorder=2
-                )
+                color, style, _ = STYLE[method]
+                start = int(np.searchsorted(line.strength, 0))  # no push, no change
+                x, y = (np.insert(line[c].to_numpy(float), start, 0.0) for c in ("strength", "value"))
+                axis.plot(x, y, color=color, ls=style, lw=1.3, alpha=0.9, zorder=2)
+                ends = [line.value - line.low, line.high - line.value]
+                axis.errorbar(line.strength, line.value, np.clip(ends, 0, None), color=color, ls="", lw=0.8, alpha=0.6)
                 for beats, fill in ((True, STYLE[method][0]), (False, "white")):
                     part = line[line.beats.astype(bool) == beats]
                     axis.plot(
@@ -275,6 +278,9 @@ def ablations(table: pd.DataFrame, measures: dict[str, str]):
                     mfc=color if row.beats else "white",
                 )  # fmt: skip
             axis.axvline(0, color="#8c8c8c", lw=0.7)
+            axis.set_xscale("symlog", linthresh=0.1)
+            ticks = (0, 0.1, 1) if measure == "kl" else (-1, 0, 1)
+            axis.set_xticks(ticks, ticks)
             axis.set_yticks(range(len(here)), here.method + " · " + here.name, size=6.5)
             axis.set_ylim(len(here) - 0.4, -0.6)
             axis.set_xlabel(measures[measure], size=8.5)
@@ -317,7 +323,7 @@ def sampled(table: pd.DataFrame):
 def patching(table: pd.DataFrame):
     """Which layers carry the behaviour: share of the margin that travels with one layer's stream, both ways.
 
-    table : ``tables.patching``: family, method, into ("variant" or "base"), layer, share, share_low, share_high.
+    table : ``tables.patching``: family, method, into ("variant" or "base"), layer, share, low, high.
     """
     families, ways = (
         _families(table),
@@ -330,6 +336,8 @@ def patching(table: pd.DataFrame):
                 rows = table[(table.family == family) & (table.method == method) & (table.into == into)]
                 if rows.share.notna().any():
                     _line(axis, rows, "layer", "share", method, band=False)
+                    ends = [rows.share - rows.low, rows.high - rows.share]
+                    axis.errorbar(rows.layer, rows.share, np.clip(ends, 0, None), color=STYLE[method][0], ls="", lw=0.8)
             for level in (0, 1):
                 axis.axhline(level, color="#8c8c8c", lw=0.7)
             if i == 0:

@@ -19,13 +19,8 @@ from pathlib import Path
 from . import audit_figures as draw
 from .audit import EQUIVALENCE, FEW_PROMPTS, LEAST_TOKENS, READABLE, SCHEMA, SECTIONS, beyond, preserved
 from .dictionaries import CUTS
-from .errors import AlignlensError
+from .errors import ReportError
 from .store import write_json
-
-
-class ReportError(AlignlensError):
-    """An audit cannot be read, written or compared."""
-
 
 # --- Files ------------------------------------------------------------------------------------------------------------
 

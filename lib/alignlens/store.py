@@ -201,7 +201,7 @@ def _versions() -> dict[str, str | None]:
 
 
 @functools.cache
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """Commit of the checkout this file is tracked in (with -dirty if edited), None for an installed copy."""
 
     def git(*words: str) -> str:
@@ -354,7 +354,7 @@ class Store:
             named = {file.relative_to(folder).as_posix(): file for file in files}
             manifest = identity | {
                 "versions": _versions(),
-                "git_commit": _git_commit(),
+                "git_commit": git_commit(),
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 "wall_seconds": round(seconds, 3),
                 "files": {name: {"sha256": _digest_file(f), "bytes": f.stat().st_size} for name, f in named.items()},

@@ -161,11 +161,11 @@ class Study(Measurements, TrainedDictionaries):
     def _base_key(self, family: str) -> str:
         base = self.preset.families[family]
         if base.startswith("tiny:"):
-            return Store.key("base", **self._base_identity(family))
+            return Store.key("base", **self.base_identity(family))
         local = _existing(base)
         return content_hash(local) if local else base  # a hub id; give "id" at a fixed revision in checkpoints
 
-    def _base_identity(self, family: str) -> dict:
+    def base_identity(self, family: str) -> dict:
         p = self.preset
         architecture = p.families[family].removeprefix("tiny:")
         names = ("layers", "d_model", "vocab_size", "pretrain_steps", "pretrain_batch", "pretrain_rate")
@@ -176,7 +176,7 @@ class Study(Measurements, TrainedDictionaries):
 
     def base(self, family: str) -> Artifact:
         """A tiny base, trained from scratch on the tiny world's text."""
-        identity = self._base_identity(family)
+        identity = self.base_identity(family)
         p = self.preset
 
         def make(folder: Path) -> dict:
