@@ -262,7 +262,8 @@ def test_only_parts_that_survive_correction_are_clear():
         rows = {"family": "f", "method": "dpo", "layer": range(count), "gap": gap, "change": change}
         table = pd.DataFrame(rows)
         return table.assign(
-            **{f"{n}{s}": table[n] + w * half for n in ("gap", "change") for s, w in (("_low", -1), ("_high", 1))}
+            rotated_low=table.gap - half,
+            **{f"{n}{s}": table[n] + w * half for n in ("gap", "change") for s, w in (("_low", -1), ("_high", 1))},
         )
 
     noise = layers(40, 0.0, 0.0, 0.1)
@@ -270,7 +271,9 @@ def test_only_parts_that_survive_correction_are_clear():
     flags = ["rotated_clear", "attenuated_clear", "created_clear"]
     assert not mechanism_tables.clear_parts(noise)[flags].to_numpy().any()
     assert not mechanism_tables.clear_parts(once)[flags].to_numpy().any(), "one interval in forty excludes 0 by chance"
-    assert mechanism_tables.clear_parts(layers(40, 0.3, 0.0, 0.1)).rotated_clear.all()
+    turned = layers(40, 0.3, 0.0, 0.1)
+    assert mechanism_tables.clear_parts(turned).rotated_clear.all()
+    assert not mechanism_tables.clear_parts(turned.assign(rotated_low=0.0)).rotated_clear.any(), "created, not turned"
     assert mechanism_tables.clear_parts(layers(40, 0.0, -0.3, 0.1)).attenuated_clear.all()
     assert mechanism_tables.clear_parts(layers(40, 0.0, 0.3, 0.1)).created_clear.all()
 

@@ -6,6 +6,7 @@ puts the preset and the run's id on it.
 
 from __future__ import annotations
 
+import re
 from io import BytesIO
 from pathlib import Path
 
@@ -37,6 +38,7 @@ STYLE = {
 NAMES = presets.SPELLING | {"base": "base", "sft": "SFT (control)", "shuffled": "shuffled (control)"} | {
     "self": "base with itself (null)", "seeds": "two seeds (null)", "random": "random direction (null)",
 }  # fmt: skip
+LONG_NUMBERS = re.compile(r"(\d+\.\d\d)\d+")  # a hundredth of a point is finer than any screen
 CHOSEN, REJECTED = "#0072B2", "#D55E00"
 PROTOCOL = {"grouped": "#009E73", "published": "#7a3e9d"}
 
@@ -80,6 +82,8 @@ def save(figure, table: pd.DataFrame, name: str, study) -> None:
         figure.savefig(beside, format=suffix[1:], **options)
         if suffix == ".png":
             beside.write_bytes(shrink(beside.read_bytes()))
+        else:
+            beside.write_text(LONG_NUMBERS.sub(r"\1", beside.read_text()))
         beside.replace(folder / f"{name}{suffix}")
     save_table(table, name, study)
     plt.show()
@@ -95,11 +99,11 @@ def shrink(png: bytes) -> bytes:
 
 
 def save_table(table: pd.DataFrame, name: str, study) -> None:
-    """Write a table as ``figures/<preset>/<name>.csv``, numbers to six significant digits."""
+    """Write a table as ``figures/<preset>/<name>.csv``, numbers to five significant digits."""
     folder = Path(presets.place(study.preset.figures)) / study.preset.name
     folder.mkdir(parents=True, exist_ok=True)
     beside = folder / f".{name}.csv"
-    table.to_csv(beside, index=False, float_format="%.6g", lineterminator="\n")
+    table.to_csv(beside, index=False, float_format="%.5g", lineterminator="\n")
     beside.replace(folder / f"{name}.csv")
 
 
@@ -331,18 +335,18 @@ def coefficient_norms(table: pd.DataFrame):
 def score_histograms(scores: pd.DataFrame):
     """Held-out probe probability of (chosen - rejected), one small panel a model; right of the line is right.
 
-    scores : family, method, probability. The mirrored half, (rejected - chosen), is left out: it is the same picture
-    seen in a mirror.
+    scores : ``tables.held_out_probabilities``. The mirrored half, (rejected - chosen), is left out: it would be the
+    same picture seen in a mirror.
     """
     families, methods = _families(scores), _order(scores.method)
     figure, axes = _grid(len(families), len(methods), 1.55, 1.6, sharex=True, sharey="row")
     for i, family in enumerate(families):
         for j, method in enumerate(methods):
             axis = axes[i, j]
-            values = scores[(scores.family == family) & (scores.method == method)].probability
-            axis.hist(values, bins=np.linspace(0, 1, 25), density=True, color=STYLE[method][0], alpha=0.75)
+            rows = scores[(scores.family == family) & (scores.method == method)]
+            axis.stairs(rows.share, [*rows.low, rows.high.iloc[-1]], fill=True, color=STYLE[method][0], alpha=0.75)
             axis.axvline(0.5, color="#333333", lw=0.8)
-            axis.text(0.04, 0.9, f"{(values > 0.5).mean():.0%} right", transform=axis.transAxes, size=6.5)
+            axis.text(0.04, 0.9, f"{rows.right.iloc[0]:.0%} right", transform=axis.transAxes, size=6.5)
             axis.set_yticks([])
             axis.set_xticks([0, 1])
             if i == 0:

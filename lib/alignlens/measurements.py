@@ -205,7 +205,7 @@ class Measurements:
     def dose(self, variant: Variant) -> Artifact:
         """A variant part of the way from its base: weights base + share × (variant - base), for each ``dose_shares``.
 
-        Tables, all with a column share: ``behavior`` (``behavior.measure``), ``geometry``, ``decomposition``.
+        Tables, all with a column share: ``behavior`` (``behavior.compare``), ``geometry``, ``decomposition``.
         """
         from . import activations, behavior, models
 
@@ -225,7 +225,8 @@ class Measurements:
                 model, None, pairs, layers=before.layers, position=p.position, batch_size=p.read_batch,
                 formatter=format, own=True,
             )  # fmt: skip
-            tables = {"behavior": table} | self._geometry_tables(before, after)
+            tables = {"behavior": behavior.compare([table], self.behavior(base), bootstrap=p.bootstrap)}
+            tables |= self._geometry_tables(before, after)
             return {name: table.assign(share=share) for name, table in tables.items()}
 
         def make(folder: Path) -> dict:

@@ -53,8 +53,9 @@ def clear_parts(parts: pd.DataFrame) -> pd.DataFrame:
     """Add to the decomposition over seeds which parts are more than chance: rotated_clear, attenuated_clear,
     created_clear.
 
-    parts : family, method, layer, ``gap`` and ``change`` with their 95 % intervals. p-values are normal, one-sided for
-    the gap, and controlled at a false discovery rate of 5 % over all layers, variants and nulls of a family.
+    parts : family, method, layer, ``gap``, ``change`` and ``rotated`` with their 95 % intervals. p-values are normal,
+    one-sided for the gap, and controlled at a false discovery rate of 5 % over all layers, variants and nulls of a
+    family. A gap alone may be signal that was created, so rotated must exclude 0 as well.
     """
     p = {}
     for name in ("gap", "change"):
@@ -63,7 +64,7 @@ def clear_parts(parts: pd.DataFrame) -> pd.DataFrame:
     corrected = pd.DataFrame(p, parts.index).groupby(parts.family).transform(lambda p: false_discovery_control(p))
     clear = corrected < 0.05
     return parts.assign(
-        rotated_clear=clear.gap & (parts.gap > 0),
+        rotated_clear=clear.gap & (parts.rotated_low > 0),
         attenuated_clear=clear.change & (parts.change < 0),
         created_clear=clear.change & (parts.change > 0),
     )
@@ -86,7 +87,7 @@ def pairs_needed(study: Study, shares=(0.2, 0.4, 0.6, 0.8, 1.0)) -> pd.DataFrame
             order = pd.factorize(first.prompt_id)[0]
             for share in shares:
                 few = order < share * (order.max() + 1)
-                sides = ([x[few][:, None] for x in model.at(layer)] for model in (first, second))
+                sides = (tuple(x[few][:, None] for x in model.at(layer)) for model in (first, second))
                 table = geometry.decompose(*sides, first.prompt_id[few], **draws)
                 rows.append(table.assign(family=family, method=name, layer=layer, pairs=int(few.sum())))
     table = pd.concat(rows, ignore_index=True)
@@ -116,9 +117,11 @@ def dose_path(study: Study) -> pd.DataFrame:
         tables = {name: made.table(f"{name}.parquet") for name in ("behavior", *DOSE_LAYER_COLUMNS)}
         for share in (0.0, *study.preset.dose_shares, 1.0):
             row = dataclasses.asdict(variant) | {"share": share, "layer": layer}
-            partial = tables["behavior"][tables["behavior"].share == share].reset_index(drop=True)
-            said = before if share == 0 else study.behavior(variant) if share == 1 else partial
-            behaved = behavior.compare([said], before, **draws).set_index("measure")
+            if share in (0, 1):
+                said = behavior.compare([before if share == 0 else study.behavior(variant)], before, **draws)
+            else:
+                said = tables["behavior"][tables["behavior"].share == share]
+            behaved = said.set_index("measure")
             for measure in ("kl", *DOSE_MEASURES):
                 if measure in behaved.index:
                     row |= _with_interval(behaved.loc[measure], "value", measure)

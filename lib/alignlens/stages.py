@@ -8,7 +8,7 @@ from dataclasses import dataclass
 VERSIONS = {
     "base": 1, "reward": 1, "variant": 1, "activations": 1, "behavior": 1, "probes": 1, "random": 1, "tokens": 1,
     "dictionary": 1, "latents": 1, "published_crosscoder": 1, "published_sae": 1, "calibration": 1,
-    "geometry": 1, "dose": 1, "causal": 1,
+    "geometry": 1, "dose": 2, "causal": 1,
 }  # fmt: skip
 
 

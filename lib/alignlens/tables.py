@@ -219,22 +219,30 @@ def best_layers(study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def held_out_probabilities(study: Study, protocol: str = "grouped") -> pd.DataFrame:
-    """Out-of-fold probability of each (chosen - rejected) at the reference layer, first seed of each method."""
-    layers = reference_layers(study)
+def held_out_probabilities(study: Study, protocol: str = "grouped", bins: int = 24) -> pd.DataFrame:
+    """Histogram of the out-of-fold probability of (chosen - rejected) at the reference layer, first seeds.
+
+    family, method, seed, low, high (edges of the bin), share of the pairs in it, right (share above 0.5).
+    """
+    layers, edges = reference_layers(study), np.linspace(0, 1, bins + 1)
 
     def make(variant):
         artifact = study.probes(variant)
         arrays = artifact.arrays("scores.safetensors")
         at = list(artifact.table("grouped.parquet").layer).index(layers[variant.family])
-        right = arrays[f"{protocol}.labels"] == 1
-        return pd.DataFrame({"probability": 1 / (1 + np.exp(-arrays[f"{protocol}.scores"][at][right]))})
+        scores = arrays[f"{protocol}.scores"][at][arrays[f"{protocol}.labels"] == 1]
+        counts = np.histogram(1 / (1 + np.exp(-scores)), edges)[0]
+        shares = {"low": edges[:-1], "high": edges[1:], "share": counts / counts.sum()}
+        return pd.DataFrame(shares).assign(right=(scores > 0).mean())
 
     return collect(study, make, study.first_seeds())
 
 
 def roc(study: Study, protocol: str = "grouped") -> tuple[pd.DataFrame, pd.DataFrame]:
-    """ROC curves at the reference layer, first seed: (family, method, false_positive, true_positive), (…, auroc)."""
+    """ROC curves at the reference layer, first seed, at 101 false-positive rates, and the areas under the whole curves.
+
+    (family, method, seed, false_positive, true_positive), (family, method, seed, layer, auroc).
+    """
     layers = reference_layers(study)
     areas = []
 
@@ -247,7 +255,8 @@ def roc(study: Study, protocol: str = "grouped") -> tuple[pd.DataFrame, pd.DataF
         areas.append(
             {**dataclasses.asdict(variant), "layer": layers[variant.family], "auroc": roc_auc_score(labels, scores)}
         )
-        return pd.DataFrame({"false_positive": false_positive, "true_positive": true_positive})
+        grid = np.linspace(0, 1, 101)
+        return pd.DataFrame({"false_positive": grid, "true_positive": np.interp(grid, false_positive, true_positive)})
 
     return collect(study, make, study.first_seeds()), pd.DataFrame(areas)
 
@@ -267,7 +276,7 @@ def pca(study: Study) -> pd.DataFrame:
         ev1, ev2 = fitted.explained_variance_ratio_
         table = pd.DataFrame({"side": sides, "pc1": points[:, 0], "pc2": points[:, 1], "ev1": ev1, "ev2": ev2})
         # In random order, or the side drawn last would hide the other; more points than that only cover each other.
-        return table.sample(min(len(table), 600), random_state=0)
+        return table.sample(min(len(table), 300), random_state=0)
 
     return collect(study, make, study.first_seeds())
 
