@@ -48,8 +48,8 @@ def use_style() -> None:
     sns.set_theme(context="notebook", style="whitegrid", font_scale=0.85)
     mpl.rcParams.update(
         {
-            "figure.dpi": 90,
-            "savefig.dpi": 150,
+            "figure.dpi": 80,
+            "savefig.dpi": 130,
             "svg.hashsalt": "alignlens",
             "svg.fonttype": "none",
             "axes.spines.top": False,
