@@ -39,6 +39,7 @@ NAMES = presets.SPELLING | {"base": "base", "sft": "SFT (control)", "shuffled": 
     "self": "base with itself (null)", "seeds": "two seeds (null)", "random": "random direction (null)",
 }  # fmt: skip
 LONG_NUMBERS = re.compile(r"(\d+\.\d\d)\d+")  # a hundredth of a point is finer than any screen
+INDENTS = re.compile(r"\n +")
 CHOSEN, REJECTED = "#0072B2", "#D55E00"
 PROTOCOL = {"grouped": "#009E73", "published": "#7a3e9d"}
 
@@ -83,7 +84,7 @@ def save(figure, table: pd.DataFrame, name: str, study) -> None:
         if suffix == ".png":
             beside.write_bytes(shrink(beside.read_bytes()))
         else:
-            beside.write_text(LONG_NUMBERS.sub(r"\1", beside.read_text()))
+            beside.write_text(INDENTS.sub("\n", LONG_NUMBERS.sub(r"\1", beside.read_text())))
         beside.replace(folder / f"{name}{suffix}")
     save_table(table, name, study)
     plt.show()
