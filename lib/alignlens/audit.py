@@ -545,7 +545,7 @@ class Audit:
         low, high = (scale * math.sqrt(max(mean[end], 0.0)) for end in ("low", "high"))
         return number(found["change"][latent], low, high, floor=floor, unit="share of the stream's spread")
 
-    def context(self, tokens, at: int, around: int = 10) -> list[str]:
+    def _context(self, tokens, at: int, around: int = 10) -> list[str]:
         """Text before a token, the token, and text after it, within its answer."""
         same = (tokens.row == tokens.row[at]) & (tokens.side == tokens.side[at])
         inside = np.flatnonzero(same)

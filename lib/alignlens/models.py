@@ -202,6 +202,17 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def one_thread() -> None:
+    """Keep this process to one CPU thread. Small matrices gain nothing from more, and on shared cores lose many times.
+
+    PyTorch's threads wait for each other by spinning: two of them on a busy machine ran tens of times slower than one.
+    """
+    from threadpoolctl import threadpool_limits
+
+    torch.set_num_threads(1)
+    threadpool_limits(1)
+
+
 def load(
     source: str | Path,
     adapter: str | Path | None = None,

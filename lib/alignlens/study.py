@@ -452,16 +452,9 @@ def _start_worker() -> None:
     """A worker ends with the notebook that started it: a killed kernel leaves nobody training."""
     parent = parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    _one_thread()
+    from .models import one_thread
 
-
-def _one_thread() -> None:
-    """Processes share the cores: each keeps to one thread, or they slow each other down many times over."""
-    import torch
-    from threadpoolctl import threadpool_limits
-
-    torch.set_num_threads(1)
-    threadpool_limits(1)
+    one_thread()
 
 
 _studies: dict[str, Study] = {}
@@ -506,5 +499,7 @@ def from_notebook(names: dict) -> Study:
     """The study that a notebook's parameters describe; call it right after them (see ``presets.from_notebook``)."""
     found = Study(presets.from_notebook(names))
     if found.device == "cpu":
-        _one_thread()
+        from .models import one_thread
+
+        one_thread()
     return found
