@@ -276,7 +276,7 @@ def pca(study: Study) -> pd.DataFrame:
         ev1, ev2 = fitted.explained_variance_ratio_
         table = pd.DataFrame({"side": sides, "pc1": points[:, 0], "pc2": points[:, 1], "ev1": ev1, "ev2": ev2})
         # In random order, or the side drawn last would hide the other; more points than that only cover each other.
-        return table.sample(min(len(table), 300), random_state=0)
+        return table.sample(min(len(table), 150), random_state=0)
 
     return collect(study, make, study.first_seeds())
 
