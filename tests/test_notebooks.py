@@ -9,7 +9,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from alignlens import claims
+from alignlens import claims, report
 
 ROOT = Path(__file__).parents[1]
 PAPERMILL = [sys.executable, "-m", "papermill"]
@@ -117,6 +117,18 @@ def test_every_claim_has_a_verdict_and_numbers_that_can_be_traced(executed):
         for number in claim["here_sound"]["numbers"]:
             assert number["run"] == document["run_id"]
             assert (executed / number["source"]).exists(), number
+
+
+def test_the_audit_of_a_shipped_model_with_itself_is_a_page_that_finds_nothing(tmp_path):
+    out, toy = tmp_path / "page", "tiny:llama"
+    words = ["-p", "base", toy, "-p", "aligned", toy, "-p", "limit", 60, "-p", "sampled", 20, "-p", "out", out]
+    done = papermill("audit", tmp_path / "audit.ipynb", *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    verdict = {line["title"]: line["text"] for line in report.read(out)["verdict"]}
+    assert "nothing lies beyond noise" in verdict["How far it moved"]
+    page = (out / "audit.html").read_text()
+    assert page.startswith("<!doctype html>")
+    assert "http" not in page.replace("http://www.w3.org", ""), "one file, nothing fetched"
 
 
 def test_a_mistyped_parameter_stops_the_run(tmp_path):
