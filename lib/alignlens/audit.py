@@ -43,6 +43,7 @@ TOP_LATENTS = 8
 POWER = stats.norm.ppf(0.975) + stats.norm.ppf(0.8)  # effect over standard error that is seen with 80 % power
 CAUSAL_TOKENS = 10_000  # that causal tests read in one pass on a CPU
 BATCH_TOKENS = 8192  # in one batch, unless batch_size is given
+SMALL = 50e6  # parameters of a model that gains nothing from a second CPU thread
 
 
 # --- Numbers ----------------------------------------------------------------------------------------------------------
@@ -170,6 +171,8 @@ class Audit:
         self.layers = self._chosen_layers()
         longest = self.encoded.report["longest_tokens"] + request.response_tokens
         self.batch_size = request.batch_size or int(np.clip(BATCH_TOKENS // longest, 1, 64))
+        if self.device == "cpu" and self.base.facts["parameters"] < SMALL:
+            models.one_thread()
         for side in (self.base, self.aligned):
             activations.bridge(side.model)  # a copy, checked against the model and thrown away
         fitting = CAUSAL_TOKENS // (2 * self.encoded.report["median_tokens"]) if self.device == "cpu" else 64
