@@ -12,10 +12,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .figures import CHOSEN, REJECTED, STYLE
+from .mechanism_figures import PARTS
 
 BASE, ALIGNED = STYLE["base"][0], STYLE["dpo"][0]
 FLOOR = "#bdbdbd"
-PARTS = {"kept": "#009E73", "rotated": "#E69F00", "attenuated": "#CC79A7", "created": "#56B4E9"}
 HATCHES = {"kept": "", "rotated": "//", "attenuated": "xx", "created": ".."}
 LABELS = {
     "shared_same": "same in both",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import models
+from . import models, presets
 from .errors import AuditError
 from .preferences import Formatter
 
@@ -66,14 +65,8 @@ def from_notebook(names: dict) -> Request:
 
 def given(names: dict, known: list[str]) -> dict:
     """The plain values among a notebook's global names; AuditError for one that is no known parameter."""
-    skip = {"In", "Out", "exit", "quit", "get_ipython", "open"}
-    plain = (str, int, float, bool, list, tuple, dict, type(None))
-    found = {k: v for k, v in names.items() if not k.startswith("_") and k not in skip and isinstance(v, plain)}
-    for name in found:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            raise AuditError(f"parameter {name!r} is unknown; {hint}")
+    found = presets.plain_values(names)
+    presets.refuse_unknown(found, known, AuditError)
     return found
 
 

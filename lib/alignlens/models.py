@@ -205,7 +205,7 @@ def default_device() -> str:
 def one_thread() -> None:
     """Keep this process to one CPU thread. Small matrices gain nothing from more, and on shared cores lose many times.
 
-    PyTorch's threads wait for each other by spinning: two of them on a busy machine ran tens of times slower than one.
+    PyTorch's threads wait for each other by spinning: on a busy machine two ran about ten times slower than one.
     """
     from threadpoolctl import threadpool_limits
 

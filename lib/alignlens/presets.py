@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-from .errors import PresetError
+from .errors import AlignlensError, PresetError
 
 METHODS = ("ppo", "dpo", "simpo", "orpo", "grpo", "kto")
 CONTROLS = ("sft", "shuffled")
@@ -288,11 +288,7 @@ def resolve(preset: str = "tiny", **overrides) -> Preset:
         raise PresetError(f"preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
     found = PRESETS[preset]
     known = {f.name: f for f in dataclasses.fields(Preset) if f.name != "name"}
-    for name in overrides:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
-            raise PresetError(f"parameter {name!r} is unknown{hint}")
+    refuse_unknown(overrides, known, PresetError)
     changes = {k: _cast(k, v, getattr(found, k)) for k, v in overrides.items() if v is not None}
     if "learning_rates" in changes:  # a mapping of some rates replaces those rates only
         changes["learning_rates"] = found.learning_rates | changes["learning_rates"]
@@ -308,11 +304,25 @@ def from_notebook(names: dict) -> Preset:
     Call it before anything else is assigned: papermill puts parameters it does not know into the notebook with a
     warning only, and a mistyped one would silently do nothing.
     """
-    skip = {"In", "Out", "exit", "quit", "get_ipython", "open"}
-    plain = (str, int, float, bool, list, tuple, dict, type(None))
-    given = {k: v for k, v in names.items() if not k.startswith("_") and k not in skip and isinstance(v, plain)}
+    given = plain_values(names)
     given.pop("name", None)
     return resolve(given.pop("preset", "tiny") or "tiny", **given)
+
+
+def plain_values(names: dict) -> dict:
+    """What papermill could have set among a notebook's global names."""
+    skip = {"In", "Out", "exit", "quit", "get_ipython", "open"}
+    plain = (str, int, float, bool, list, tuple, dict, type(None))
+    return {k: v for k, v in names.items() if not k.startswith("_") and k not in skip and isinstance(v, plain)}
+
+
+def refuse_unknown(names, known, error: type[AlignlensError]) -> None:
+    """Raise the error for a name that is not known, with the nearest one that is."""
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            raise error(f"parameter {name!r} is unknown; {hint}")
 
 
 def _cast(name, value, default):

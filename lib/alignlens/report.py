@@ -593,7 +593,7 @@ def _change(result: dict) -> list[str]:
         parts = {n: sum(row[n]["value"] for row in rows) / len(rows) for n in draw.PARTS}
         alt = "Stacked bars by layer; on average " + ", ".join(f"{n} {_n(v)}" for n, v in parts.items()) + "."
         reading = (
-            "Each bar is the preference signal at one layer. Green is what the base's probe still reads; the other "
+            "Each bar is the preference signal at one layer. Grey is what the base's probe still reads; the other "
             "colours are what alignment did. Small slivers are within noise: see the finding above."
         )
         return [_says(_change_says(result)), _figures(_figure(draw.change(section), alt, reading)), _more(table)]
