@@ -18,7 +18,7 @@ from test_interchange import saelens, with_saelens
 from alignlens import dictionaries
 from alignlens.calibration import Planted, Regime
 from alignlens.dictionaries import Config
-from alignlens.interchange import from_saelens
+from alignlens.dictionaries.saelens import from_saelens
 
 RATES = (3e-4, 1e-3, 3e-3)
 SIZES = {

@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from alignlens import probes
-from alignlens.nulls import Pairs
+from alignlens.calibration.nulls import Pairs
 
 
 def activation_like(n, layers, d, seed=0):

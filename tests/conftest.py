@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 import torch
 
-from alignlens import align, models, preferences, tinyworld
-from alignlens.preferences import Formatter
+from alignlens import align, models, preferences
+from alignlens.preferences import Formatter, tinyworld
 
 torch.set_num_threads(1)
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from alignlens import activations
 from alignlens.activations import Activations, Tokens, bridge, estimate, high_norm, read, read_tokens, spliced_loss
-from alignlens.errors import ActivationError
+from alignlens.core.errors import ActivationError
 from alignlens.preferences import Formatter
 
 LAYERS, WIDTH = 3, 32

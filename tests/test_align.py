@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig
 from transformers.generation import GenerationMixin
 
-from alignlens import align, models, presets
+from alignlens import align, models
 from alignlens.align import Recipe
-from alignlens.errors import AlignError
+from alignlens.core import settings as presets
+from alignlens.core.errors import AlignError
 
 METHODS = (*align.METHODS, *align.CONTROLS)
 OFFLINE = [m for m in METHODS if m not in align.ONLINE]

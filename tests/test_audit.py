@@ -21,8 +21,12 @@ from transformers import (
     SmolLM3Config,
 )
 
-from alignlens import audit, audit_inputs, models, report, tinyworld
-from alignlens.errors import AlignlensError
+from alignlens import models
+from alignlens.audit import measure as audit
+from alignlens.audit import page as report
+from alignlens.audit import request as audit_inputs
+from alignlens.core.errors import AlignlensError
+from alignlens.preferences import tinyworld
 
 ROOT = Path(__file__).parents[1]
 FAST = {

@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import utility
 
-from alignlens import behavior, models, tinyworld
+from alignlens import behavior, models
 from alignlens.behavior import MEASURES, Judge, compare, measure
-from alignlens.errors import PreferenceError
+from alignlens.core.errors import PreferenceError
+from alignlens.preferences import tinyworld
 
 JUDGE = Judge("truth", lambda p, r: tinyworld.score(p, r).rename(columns={"utility": "score"}))
 

@@ -8,7 +8,7 @@ import pytest
 
 from alignlens import calibration, dictionaries
 from alignlens.calibration import KINDS, Planted, Regime
-from alignlens.errors import DictionaryError
+from alignlens.core.errors import DictionaryError
 
 SMALL = Regime(features=48, d=24)
 

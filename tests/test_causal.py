@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from alignlens import activations, causal, models, preferences
+from alignlens.core.errors import CausalError
 from alignlens.dictionaries import Config, Dictionary
-from alignlens.errors import CausalError
 
 GOOD, BAD = "yes", "no"
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from alignlens import calibration, dictionaries
+from alignlens.core.errors import DictionaryError
 from alignlens.dictionaries import Config, Dictionary
-from alignlens.errors import DictionaryError
 
 ARRAYS = ("encoder", "encoder_bias", "decoder", "decoder_bias", "threshold")
 SMALL = Config(width=20, k=2, steps=160, batch_size=64, dead_after=500, aux_k=8, seed=3)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from scipy.linalg import subspace_angles
 
-from alignlens import geometry, nulls
-from alignlens.errors import AlignlensError
+from alignlens import geometry
+from alignlens.calibration import nulls
+from alignlens.core.errors import AlignlensError
 from alignlens.geometry import GeometryError
 
 D = 64

@@ -14,10 +14,11 @@ import torch
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 
-from alignlens import dictionaries, interchange
+from alignlens import dictionaries
+from alignlens.core.errors import DictionaryError
 from alignlens.dictionaries import Config, Dictionary
-from alignlens.errors import DictionaryError
-from alignlens.interchange import from_saelens, to_saelens
+from alignlens.dictionaries import saelens as interchange
+from alignlens.dictionaries.saelens import from_saelens, to_saelens
 
 D, WIDTH = 24, 64
 NAMES = {"model": "tiny-llama", "hook": "blocks.1.hook_resid_post"}

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from scipy.sparse import csr_array
 
-from alignlens import latents
-from alignlens.errors import DictionaryError
+from alignlens.core.errors import DictionaryError
+from alignlens.dictionaries import latents
 
 PAIRS, LENGTH = 120, 5
 

@@ -12,7 +12,7 @@ from tokenizers.normalizers import Lowercase
 from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from alignlens import models
-from alignlens.errors import ModelError
+from alignlens.core.errors import ModelError
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ import nbformat
 import pandas as pd
 import pytest
 
-from alignlens import claims, report
+from alignlens import claims
+from alignlens.audit import page as report
 
 ROOT = Path(__file__).parents[1]
 PAPERMILL = [sys.executable, "-m", "papermill"]

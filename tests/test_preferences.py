@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 from alignlens import preferences
-from alignlens.errors import PreferenceError
+from alignlens.core.errors import PreferenceError
 from alignlens.preferences import (
     COLUMNS,
     Formatter,

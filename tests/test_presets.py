@@ -2,9 +2,10 @@
 
 import pytest
 
-from alignlens import align, presets
-from alignlens.errors import PresetError
-from alignlens.presets import from_notebook, resolve
+from alignlens import align
+from alignlens.core import settings as presets
+from alignlens.core.errors import PresetError
+from alignlens.core.settings import from_notebook, resolve
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)

@@ -10,8 +10,10 @@ from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from alignlens import nulls, probes
-from alignlens.errors import ProbeError
+from alignlens import probes
+from alignlens.calibration import nulls
+from alignlens.core import statistics
+from alignlens.core.errors import ProbeError
 
 N, LAYERS, D, PLANTED, STRENGTH = 300, 3, 24, 1, 1.0
 GROUPS = np.arange(N) // 2
@@ -408,7 +410,7 @@ def test_planted_pairs_differ_from_noise_at_one_layer_only():
 
 
 def test_random_signs_are_fair_and_shared_by_a_group():
-    signs = nulls.random_signs(np.repeat(np.arange(200), 3), 50)
+    signs = statistics.random_signs(np.repeat(np.arange(200), 3), 50)
     assert set(np.unique(signs)) == {-1.0, 1.0} and abs(signs.mean()) < 0.05
     assert (signs.reshape(200, 3, 50) == signs.reshape(200, 3, 50)[:, :1]).all()
 

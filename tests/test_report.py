@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from alignlens import audit, audit_inputs, report
-from alignlens.audit import number
-from alignlens.errors import AlignlensError
+from alignlens.audit import measure as audit
+from alignlens.audit import page as report
+from alignlens.audit import request as audit_inputs
+from alignlens.audit.measure import number
+from alignlens.core.errors import AlignlensError
 
 ROOT = Path(__file__).parents[1]
 LAYERS = 4

@@ -1,8 +1,11 @@
 """The project's own files agree with each other and keep the rules of the house."""
 
+import ast
 import json
 import re
 import statistics
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
+LIBRARY = sorted((ROOT / "lib" / "alignlens").rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
 
 
@@ -82,18 +86,23 @@ def test_notebook_has_at_least_as_much_text_as_code(path):
 
 
 def test_imports_point_one_way():
-    rooms = (
-        "errors presets store tinyworld preferences models align behavior activations nulls probes geometry "
-        "dictionaries sparc calibration latents causal interchange stages measurements trained_dictionaries study "
-        "tables dictionary_tables mechanism_tables claims figures dictionary_figures mechanism_figures claim_figures "
-        "audit_inputs audit audit_figures report browser runs"
-    ).split()
-    for position, room in enumerate(rooms):
-        text = (ROOT / "lib" / "alignlens" / f"{room}.py").read_text()
-        found = re.findall(r"from (?:\.|alignlens)\.?(\w*) import ([\w, ]+)", text)
-        used = {name for module, names in found for name in ([module] if module else names.replace(" ", "").split(","))}
-        later = used & set(rooms[position + 1 :])
-        assert not later, f"{room} imports {later}, which lie above it"
+    done = subprocess.run([Path(sys.executable).with_name("lint-imports")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_no_private_name_is_used_outside_its_package():
+    for path in LIBRARY:
+        package = path.relative_to(ROOT / "lib").parts[:2]
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("alignlens"):
+                own = tuple(node.module.split(".")[:2]) == tuple(part.removesuffix(".py") for part in package)
+                private = [alias.name for alias in node.names if alias.name.startswith("_")]
+                assert own or not private, f"{path.name} imports {private} from {node.module}"
+
+
+def test_no_file_of_the_library_is_long():
+    longest = max(LIBRARY, key=lambda path: len(path.read_text().splitlines()))
+    assert len(longest.read_text().splitlines()) <= 400, longest
 
 
 def test_no_file_speaks_of_a_machine():

@@ -8,9 +8,9 @@ import pytest
 import torch
 from sklearn.linear_model import Lasso
 
-from alignlens import sparc
-from alignlens.errors import DictionaryError
-from alignlens.sparc import Config, Sparc
+from alignlens.core.errors import DictionaryError
+from alignlens.published import sparc
+from alignlens.published.sparc import Config, Sparc
 
 N, D, WIDTH, TOPK = 320, 24, 96, 16
 SMALL = Config(width=WIDTH, topk=TOPK)

@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from alignlens import store as store_module
-from alignlens.errors import StoreError
-from alignlens.store import DamagedArtifact, Store, content_hash, ship, write_arrays, write_json, write_table
+from alignlens.core import store as store_module
+from alignlens.core.errors import StoreError
+from alignlens.core.store import DamagedArtifact, Store, content_hash, ship, write_arrays, write_json, write_table
 
 ASKED = {"inputs": {"pairs": "00ff"}, "parameters": {"rate": 1e-4, "seed": 3}, "version": 1}
 fork = multiprocessing.get_context("fork")

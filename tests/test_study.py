@@ -8,9 +8,12 @@ import pandas as pd
 import pytest
 from safetensors.numpy import load_file
 
-from alignlens import dictionary_tables, mechanism_tables, presets, store, study, tables, tinyworld
-from alignlens.errors import AlignError, DictionaryError, PreferenceError, PresetError
-from alignlens.study import Study, Variant
+from alignlens import study
+from alignlens.core import settings as presets
+from alignlens.core import store
+from alignlens.core.errors import AlignError, DictionaryError, PreferenceError, PresetError
+from alignlens.preferences import tinyworld
+from alignlens.study import Study, Variant, mechanisms, tables
 
 SMOKE = Variant("llama", "dpo", 0)
 
@@ -210,7 +213,7 @@ def test_one_dictionary_reads_all_models_and_the_base_has_not_changed(smoke):
 
 
 def test_the_base_with_itself_shares_every_live_latent(smoke):
-    latents, _ = dictionary_tables.crosscoders(smoke)
+    latents, _ = mechanisms.crosscoders(smoke)
     null = latents[latents.method == "self"]
     assert set(null.label) <= {"shared_same", "dead"}
     np.testing.assert_allclose(null.rho, 0.5, atol=1e-3)
@@ -218,7 +221,7 @@ def test_the_base_with_itself_shares_every_live_latent(smoke):
 
 def test_published_labels_do_not_see_whether_anything_changed(smoke):
     """Thresholds that adapt to a run give the base with itself the classes that they give a variant."""
-    classes = dictionary_tables.published_classes(smoke).query("thresholds == 'adaptive'")
+    classes = mechanisms.published_classes(smoke).query("thresholds == 'adaptive'")
     shares = classes.pivot_table(index="method", columns="class", values="share")
     assert shares.loc["self", "shared_aligned"] < 0.5
     assert abs(shares.loc["self"] - shares.loc["dpo"]).max() < 0.2
@@ -235,7 +238,7 @@ def test_a_base_does_not_move_from_itself(smoke):
 
 def test_dose_grows_along_the_way_from_the_base(smoke):
     smoke.make_all("probes")
-    path = mechanism_tables.dose_path(smoke)
+    path = mechanisms.dose_path(smoke)
     assert set(path.share) == {0, 0.4, 0.7, 1}
     for _, way in path.groupby("method"):
         way = way.sort_values("share")
@@ -249,9 +252,9 @@ def test_dose_grows_along_the_way_from_the_base(smoke):
 def test_a_matched_dose_lies_between_its_neighbours_and_is_not_made_up():
     way = {"family": "f", "method": "dpo", "share": [0, 0.5, 1.0], "kl": [0.0, 1.0, 3.0], "change": [0.0, 2.0, 4.0]}
     path = pd.DataFrame(way).assign(change_low=lambda t: t.change - 1, change_high=lambda t: t.change + 1)
-    found = mechanism_tables.matched_dose(path, 2.0).iloc[0]
+    found = mechanisms.matched_dose(path, 2.0).iloc[0]
     assert (found.value, found.low, found.high, found["last"]) == (3.0, 2.0, 4.0, 4.0)
-    beyond = mechanism_tables.matched_dose(path, 3.5).iloc[0]
+    beyond = mechanisms.matched_dose(path, 3.5).iloc[0]
     assert not beyond.reached
     assert np.isnan(beyond.value)
     assert beyond["last"] == 4.0
@@ -269,13 +272,13 @@ def test_only_parts_that_survive_correction_are_clear():
     noise = layers(40, 0.0, 0.0, 0.1)
     once = noise.assign(gap=[0.11] + [0.0] * 39, gap_low=[0.01] + [-0.1] * 39, gap_high=[0.21] + [0.1] * 39)
     flags = ["rotated_clear", "attenuated_clear", "created_clear"]
-    assert not mechanism_tables.clear_parts(noise)[flags].to_numpy().any()
-    assert not mechanism_tables.clear_parts(once)[flags].to_numpy().any(), "one interval in forty excludes 0 by chance"
+    assert not mechanisms.clear_parts(noise)[flags].to_numpy().any()
+    assert not mechanisms.clear_parts(once)[flags].to_numpy().any(), "one interval in forty excludes 0 by chance"
     turned = layers(40, 0.3, 0.0, 0.1)
-    assert mechanism_tables.clear_parts(turned).rotated_clear.all()
-    assert not mechanism_tables.clear_parts(turned.assign(rotated_low=0.0)).rotated_clear.any(), "created, not turned"
-    assert mechanism_tables.clear_parts(layers(40, 0.0, -0.3, 0.1)).attenuated_clear.all()
-    assert mechanism_tables.clear_parts(layers(40, 0.0, 0.3, 0.1)).created_clear.all()
+    assert mechanisms.clear_parts(turned).rotated_clear.all()
+    assert not mechanisms.clear_parts(turned.assign(rotated_low=0.0)).rotated_clear.any(), "created, not turned"
+    assert mechanisms.clear_parts(layers(40, 0.0, -0.3, 0.1)).attenuated_clear.all()
+    assert mechanisms.clear_parts(layers(40, 0.0, 0.3, 0.1)).created_clear.all()
 
 
 def test_interventions_read_other_prompts_than_their_directions(smoke):

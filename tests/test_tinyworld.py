@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from alignlens import tinyworld
-from alignlens.errors import PresetError
-from alignlens.tinyworld import FACTORS
+from alignlens.core.errors import PresetError
+from alignlens.preferences import tinyworld
+from alignlens.preferences.tinyworld import FACTORS
 
 
 @pytest.fixture(scope="module")

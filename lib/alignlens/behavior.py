@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from . import models
-from .errors import PreferenceError
-from .preferences import Formatter
+from alignlens import models
+from alignlens.core.errors import PreferenceError
+from alignlens.preferences import Formatter
 
 # name -> what it is, short enough for a panel's title; the order is the order of tables and panels
 MEASURES = {

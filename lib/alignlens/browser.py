@@ -7,9 +7,8 @@ import html
 import numpy as np
 import pandas as pd
 
-from . import dictionary_tables
-from .figures import STYLE
-from .study import Study, Variant
+from alignlens.figures import STYLE
+from alignlens.study import Study, Variant, mechanisms
 
 BLUE = "0, 114, 178"
 
@@ -19,7 +18,7 @@ def show(study: Study, family: str, layer: int, latent: int) -> None:
     import ipywidgets
     from IPython.display import HTML, display
 
-    reader = dictionary_tables.latent_reader(study, Variant(family, "base"), layer)
+    reader = mechanisms.latent_reader(study, Variant(family, "base"), layer)
     changes = _changes(study, family, layer)
     live = [int(i) for i in np.flatnonzero(np.diff(reader.codes.tocsc().indptr))]
     names = {f"{i}  {reader.names.get(i, '')}".strip(): i for i in live}
@@ -33,12 +32,12 @@ def show(study: Study, family: str, layer: int, latent: int) -> None:
 def _changes(study: Study, family: str, layer: int) -> pd.DataFrame:
     """Change of every latent in every variant of a family at a layer, seeds averaged."""
     variants = study.variants(family, base=False)
-    table = dictionary_tables.collect(study, lambda v: study.latents(v).table("change.parquet"), variants)
+    table = mechanisms.collect(study, lambda v: study.latents(v).table("change.parquet"), variants)
     names = ["mean_change", "density_change", "effect_change", "effect_p"]
     return table[table.layer == layer].groupby(["method", "latent"], sort=False)[names].mean().reset_index()
 
 
-def render(reader: dictionary_tables.LatentReader, changes: pd.DataFrame, latent: int) -> str:
+def render(reader: mechanisms.LatentReader, changes: pd.DataFrame, latent: int) -> str:
     """The page of one latent as HTML: what it tells, examples by quantile band with shaded tokens, change by method."""
     column = reader.codes[:, [latent]].toarray().ravel()
     fires, told = (column > 0).mean(), reader.names.get(latent, "no planted factor beyond chance")
@@ -50,7 +49,7 @@ def render(reader: dictionary_tables.LatentReader, changes: pd.DataFrame, latent
     return "".join(parts) + _change_table(changes[changes.latent == latent])
 
 
-def _shaded(reader: dictionary_tables.LatentReader, column: np.ndarray, index: int) -> str:
+def _shaded(reader: mechanisms.LatentReader, column: np.ndarray, index: int) -> str:
     first, last = reader.response(index)
     top = max(float(column.max()), 1e-9)
     spans = []

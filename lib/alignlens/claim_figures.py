@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.lines import Line2D
 
-from . import claims, presets
-from .figures import NAMES, STYLE, save_table
+from alignlens import claims
+from alignlens.core import settings as presets
+from alignlens.figures import NAMES, STYLE, save_table
 
 # Okabe and Ito's colours; each verdict has its own sign as well.
 VERDICTS = {

@@ -13,7 +13,7 @@ import seaborn as sns
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from .figures import NAMES, STYLE, _families, _grid, _integer_layers, _legend, _line, _order
+from alignlens.figures import NAMES, STYLE, _families, _grid, _integer_layers, _legend, _line, _order
 
 # Shared labels in blues and greens, exclusive ones in warm colours, Okabe and Ito's palette.
 LABEL_COLORS = {
@@ -418,7 +418,7 @@ def sensitivity(table: pd.DataFrame):
     """Share of live latents under the label that each cut-off decides, as the cut-off moves; the line is where it
     stands.
     """
-    from .dictionaries import CUTS
+    from alignlens.dictionaries import CUTS
 
     decides = {
         "exclusive": ["base_only", "aligned_only"],

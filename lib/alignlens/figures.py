@@ -18,7 +18,7 @@ import seaborn as sns
 from matplotlib.lines import Line2D
 from PIL import Image
 
-from . import presets
+from alignlens.core import settings as presets
 
 # Okabe and Ito's colour-blind-safe palette; line style and marker carry the same information a second time.
 STYLE = {

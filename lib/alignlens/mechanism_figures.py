@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.lines import Line2D
 
-from .figures import NAMES, STYLE, _families, _grid, _integer_layers, _legend, _line, _order
+from alignlens.figures import NAMES, STYLE, _families, _grid, _integer_layers, _legend, _line, _order
 
 NULLS = ("seeds", "random")
 GEOMETRY = {

@@ -1,0 +1,1 @@
+"""Any base and its aligned checkpoint: request, measurements, verdict, page."""

@@ -1,0 +1,56 @@
+"""Known answers: data about which the right result is known before any instrument looks.
+
+Noise in must give nothing out, a planted effect must come back at its planted place and size, and a copy turned by a
+known angle must measure as that angle. To correct many p-values at once use `scipy.stats.false_discovery_control`.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Pairs(NamedTuple):
+    """Two float32 arrays [pairs, layers, d_model], accepted wherever activations are."""
+
+    chosen: np.ndarray
+    rejected: np.ndarray
+
+
+def gaussian_pairs(n_pairs: int, layers: int, d_model: int, *, seed: int = 0) -> Pairs:
+    """Chosen and rejected drawn independently from N(0, 1): no instrument may tell them apart."""
+    rng = np.random.default_rng(seed)
+    shape = (n_pairs, layers, d_model)
+    return Pairs(rng.standard_normal(shape, dtype=np.float32), rng.standard_normal(shape, dtype=np.float32))
+
+
+def planted_pairs(
+    n_pairs: int, layers: int, d_model: int, *, layer: int, strength: float, seed: int = 0
+) -> tuple[Pairs, np.ndarray]:
+    """Gaussian pairs whose chosen states are moved by `strength` along one unit direction, at one layer only.
+
+    Along that direction the difference chosen - rejected is N(strength, 2), so with Phi the standard normal CDF the
+    best linear probe there has accuracy Phi(strength / sqrt 2) and AUROC Phi(strength); elsewhere both are 0.5.
+
+    Returns the pairs and the direction [d_model]. Raises IndexError if there is no such layer.
+    """
+    pairs = gaussian_pairs(n_pairs, layers, d_model, seed=seed)
+    direction = np.random.default_rng([seed, 1]).standard_normal(d_model).astype(np.float32)
+    direction /= np.linalg.norm(direction)
+    pairs.chosen[:, layer] += np.float32(strength) * direction
+    return pairs, direction
+
+
+def rotated_copy(x: np.ndarray, degrees: float, *, scale: float = 1.0, seed: int = 0) -> np.ndarray:
+    """Turn `x` [..., d] by `degrees` in each of d // 2 random orthogonal planes, then multiply it by `scale`.
+
+    Every vector turns by exactly that angle (d even; when d is odd one random direction stays where it is), so the
+    true orthogonal map, its angle and the norm ratio are all known. float64 inside, returned in the dtype of `x`.
+    """
+    frame = np.linalg.qr(np.random.default_rng(seed).standard_normal((x.shape[-1],) * 2))[0]
+    coordinates = x.astype(np.float64) @ frame
+    half = x.shape[-1] // 2
+    first, second = coordinates[..., :half].copy(), coordinates[..., half : 2 * half].copy()
+    cosine, sine = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    coordinates[..., :half] = cosine * first - sine * second
+    coordinates[..., half : 2 * half] = sine * first + cosine * second
+    return (scale * coordinates @ frame.T).astype(x.dtype)

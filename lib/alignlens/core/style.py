@@ -1,0 +1,161 @@
+"""The house style of figures: one colour a method and a fate of the signal everywhere, the base in grey, one ``save``.
+
+Notebooks draw with seaborn on tidy tables; what stands here is what all of them share. ``save`` writes picture, vector
+picture and table, stamped with preset and run id.
+"""
+
+from __future__ import annotations
+
+import re
+from io import BytesIO
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from PIL import Image
+
+from alignlens.core.settings import SPELLING, place
+
+# Okabe and Ito's colour-blind-safe palette; dashes and markers carry the same information a second time.
+METHODS = {
+    "base": "#8c8c8c", "ppo": "#CC79A7", "dpo": "#0072B2", "simpo": "#56B4E9", "orpo": "#009E73", "grpo": "#E69F00",
+    "kto": "#D55E00", "sft": "#5b4a3f", "shuffled": "#222222", "self": "#b8b8b8", "seeds": "#999999",
+    "random": "#777777",
+}  # fmt: skip
+MARKERS = dict(zip(METHODS, "oPsD^vXp*h<>", strict=True))
+DASHES = dict.fromkeys(METHODS, "") | {"sft": (4, 2), "shuffled": (1, 1.5)} | dict.fromkeys(
+    ("self", "seeds", "random"), (4, 1.5, 1, 1.5)
+)  # fmt: skip
+NAMES = SPELLING | {
+    "base": "base", "sft": "SFT (control)", "shuffled": "shuffled (control)", "self": "base with itself (null)",
+    "seeds": "two seeds (null)", "random": "random direction (null)",
+}  # fmt: skip
+SIDES = {"chosen": "#0072B2", "rejected": "#D55E00"}
+PROTOCOLS = {"grouped": "#009E73", "published": "#7a3e9d"}
+FATES = {"kept": "#8c8c8c", "rotated": "#0072B2", "attenuated": "#D55E00", "created": "#009E73"}
+LABELS = {
+    "base_only": "#E69F00", "aligned_only": "#D55E00", "shared_same": "#56B4E9", "shared_rotated": "#0072B2",
+    "shared_attenuated": "#009E73",
+}  # fmt: skip
+CLASSES = {
+    "base_only": "#E69F00", "aligned_only": "#D55E00", "shared_aligned": "#56B4E9", "shared_redirected": "#0072B2",
+    "shared_intermediate": "#CC79A7", "shared_attenuated": "#009E73", "other": "#c9c9c9",
+}  # fmt: skip
+FLOOR = "#bdbdbd"
+LONG_NUMBERS = re.compile(r"(\d+\.\d\d)\d+")  # a hundredth of a point is finer than any screen
+INDENTS = re.compile(r"\n +")
+
+
+def use() -> None:
+    """Set the house style; call it once a notebook."""
+    sns.set_theme(context="notebook", style="whitegrid", font_scale=0.85)
+    mpl.rcParams.update(
+        {
+            "figure.dpi": 80, "savefig.dpi": 130, "savefig.bbox": "tight", "svg.hashsalt": "alignlens",
+            "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.4,
+            "legend.frameon": False,
+        }
+    )  # fmt: skip
+
+
+def order(methods) -> list[str]:
+    """The methods that occur, in the order of the house."""
+    return [m for m in METHODS if m in set(methods)]
+
+
+def lines(table: pd.DataFrame, y: str, *, x="layer", col="family", band=(), **options) -> sns.FacetGrid:
+    """``seaborn.relplot``, one line a method; ``band``: methods whose interval (``y_low``, ``y_high``) is drawn."""
+    words = {"height": 3, "aspect": 1.2, "markers": MARKERS, "dashes": DASHES, "errorbar": None, "legend": "full"}
+    grid = sns.relplot(
+        table, x=x, y=y, col=col, kind="line", hue="method", style="method", hue_order=order(table.method),
+        style_order=order(table.method), palette=METHODS, **words | options,
+    )  # fmt: skip
+    grid.set_titles(col_template="{col_name}", row_template="{row_name}")
+
+    def draw(data, color, **_):
+        for method in (m for m in order(data.method) if m in band):
+            rows = data[data.method == method].sort_values(x)
+            color = METHODS[method]
+            plt.fill_between(rows[x], rows[f"{y}_low"], rows[f"{y}_high"], color=color, alpha=0.15, lw=0)
+
+    if band:
+        grid.map_dataframe(draw)
+    if x == "layer":
+        for axis in grid.axes.flat:
+            axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+    return grid
+
+
+def intervals(table: pd.DataFrame, y: str, *, low=None, high=None, x="method", col="family", **options):
+    """``seaborn.FacetGrid`` of one point with its 95 % interval (columns ``y_low``, ``y_high``) a method."""
+    low, high, shown = low or f"{y}_low", high or f"{y}_high", order(table[x]) or list(dict.fromkeys(table[x]))
+    grid = sns.FacetGrid(table, col=col, **{"height": 3, "aspect": 1.1} | options)
+
+    def draw(data, color, **_):
+        for place_, name in enumerate(shown):
+            rows = data[data[x] == name]
+            reach = np.clip([rows[y] - rows[low], rows[high] - rows[y]], 0, None)
+            kind = {"color": METHODS.get(name, "#333333"), "marker": MARKERS.get(name, "o")}
+            plt.errorbar(np.full(len(rows), place_), rows[y], reach, ls="", ms=5, lw=1.3, **kind)
+        plt.xticks(range(len(shown)), shown, rotation=60, ha="right")
+
+    grid.map_dataframe(draw)
+    grid.set_titles(col_template="{col_name}", row_template="{row_name}")
+    return grid.set_axis_labels("", y)
+
+
+def floor(grid: sns.FacetGrid, table: pd.DataFrame, low: str, high: str, *, x="layer", color=FLOOR) -> None:
+    """A band between two columns of a table behind each panel of the same family: what noise alone reaches."""
+    for name, axis in grid.axes_dict.items():
+        rows = table[table.family == (name if isinstance(name, str) else name[-1])].sort_values(x)
+        axis.fill_between(rows[x], rows[low], rows[high], color=color, alpha=0.45, lw=0, zorder=0)
+
+
+def save(figure, table: pd.DataFrame, name: str, study, *, title: str = "", note: str = "") -> None:
+    """Write ``figures/<preset>/<name>`` as .png, .svg and .csv, stamped with preset and run id, and show it.
+
+    figure : matplotlib figure or seaborn grid. title : what is seen; note : n and seeds, below it.
+    """
+    figure = getattr(figure, "figure", figure)
+    folder, top = _folder(study), 1 + 0.12 / figure.get_figheight()
+    if note:
+        figure.text(0.01, top, note, ha="left", va="bottom", size=8, alpha=0.75)
+    if title:
+        figure.text(0.01, top + (0.22 / figure.get_figheight() if note else 0), title, ha="left", va="bottom", size=11)
+    stamp = f"alignlens · {study.preset.name} · run {study.run_id}"
+    figure.text(0.999, -0.12 / figure.get_figheight(), stamp, ha="right", va="top", size=6, alpha=0.5)
+    for suffix, options in ((".png", {}), (".svg", {"metadata": {"Date": None}, "dpi": 100})):
+        beside = folder / f".{name}{suffix}"
+        figure.savefig(beside, format=suffix[1:], **options)
+        if suffix == ".png":
+            beside.write_bytes(shrink(beside.read_bytes()))
+        else:
+            beside.write_text(INDENTS.sub("\n", LONG_NUMBERS.sub(r"\1", beside.read_text())))
+        beside.replace(folder / f"{name}{suffix}")
+    save_table(table, name, study)
+    plt.show()
+
+
+def save_table(table: pd.DataFrame, name: str, study) -> None:
+    """Write a table as ``figures/<preset>/<name>.csv``, numbers to five significant digits."""
+    beside = _folder(study) / f".{name}.csv"
+    table.to_csv(beside, index=False, float_format="%.5g", lineterminator="\n")
+    beside.replace(beside.with_name(f"{name}.csv"))
+
+
+def shrink(png: bytes) -> bytes:
+    """A picture of few colours needs no more than 256: a third of the size, to the eye the same."""
+    small = BytesIO()
+    with Image.open(BytesIO(png)) as picture:
+        few = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    few.save(small, format="PNG", optimize=True)
+    return small.getvalue()
+
+
+def _folder(study) -> Path:
+    folder = Path(place(study.preset.figures)) / study.preset.name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

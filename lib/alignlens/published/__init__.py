@@ -1,0 +1,1 @@
+"""The published study's protocols, to the formula."""
