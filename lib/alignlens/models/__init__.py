@@ -396,14 +396,25 @@ def _response_logits(model, prompts, responses, rows, pad_id):
     return picked.float(), targets, valid
 
 
+def token_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Log-probability of each target token, nats: logits [..., vocabulary], targets [...] -> float32 [...]."""
+    flat = logits.reshape(-1, logits.shape[-1]).float()
+    return -torch.nn.functional.cross_entropy(flat, targets.reshape(-1), reduction="none").view(targets.shape)
+
+
+def token_kl(logits: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL(logits || other) of each next-token distribution, nats: two [..., vocabulary] -> float32 [...]."""
+    logp, logq = logits.float().log_softmax(-1), other.float().log_softmax(-1)
+    return (logp.exp() * (logp - logq)).sum(-1)
+
+
 @torch.inference_mode()
 def response_logprobs(model, prompts, responses, *, pad_id: int, batch_size: int = 64) -> np.ndarray:
     """Summed log-probability of each response given its prompt (token id lists): float64 [responses], in nats."""
     out = np.zeros(len(responses))
     for rows in _batches([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], batch_size):
         logits, targets, valid = _response_logits(model, prompts, responses, rows, pad_id)
-        logp = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
-        out[rows] = (logp * valid).sum(1).double().cpu().numpy()
+        out[rows] = (token_logprobs(logits, targets) * valid).sum(1).double().cpu().numpy()
     return out
 
 
@@ -422,8 +433,7 @@ def response_kl(model, prompts, responses, *, pad_id: int, reference=None, batch
         logits, _, valid = _response_logits(model, prompts, responses, rows, pad_id)
         with model.disable_adapter() if reference is None else nullcontext():
             other = _response_logits(model if reference is None else reference, prompts, responses, rows, pad_id)[0]
-        logp, logq = logits.log_softmax(-1), other.log_softmax(-1)
-        out[rows] = ((logp.exp() * (logp - logq)).sum(-1) * valid).sum(1).double().cpu().numpy()
+        out[rows] = (token_kl(logits, other) * valid).sum(1).double().cpu().numpy()
     return out
 
 

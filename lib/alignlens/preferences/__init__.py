@@ -476,13 +476,23 @@ class Encoded:
     prompt_ids, chosen_ids, rejected_ids : lists of lists of token ids; each response ends with one end-of-turn token
     kept : bool [input rows]
     report : counts of what was dropped and why, and token lengths over all rows that could be formatted
+    prompts, prompt_id : text of each prompt, and its id, an array of str
+
+    Whatever takes pairs takes an ``Encoded`` as well, so that pairs are formatted once.
     """
 
     prompt_ids: list
     chosen_ids: list
     rejected_ids: list
     kept: np.ndarray
-    report: dict = field(default_factory=dict)
+    report: dict
+    prompts: list
+    prompt_id: np.ndarray
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Which input rows are kept: int [kept rows]."""
+        return np.flatnonzero(self.kept)
 
     def __len__(self):
         return len(self.prompt_ids)
@@ -743,8 +753,11 @@ class Formatter:
 
         pairs : DataFrame with prompt, chosen, rejected. overlong : "drop" leaves out and counts pairs of which either
         side is over ``max_length``; "refuse" raises. Pairs with special tokens in a text, or whose prompt and response
-        would merge into one token, are dropped and counted too. Returns ``Encoded``; PreferenceError if none is left.
+        would merge into one token, are dropped and counted too. Returns ``Encoded`` (what is one already, as it is);
+        PreferenceError if none is left.
         """
+        if isinstance(pairs, Encoded):
+            return pairs
         if overlong not in ("drop", "refuse"):
             raise PreferenceError(f"overlong={overlong!r}: choose 'drop' or 'refuse'.")
         _require(pairs, "prompt", "chosen", "rejected")
@@ -757,7 +770,8 @@ class Formatter:
             formatted = [formatted[prompt] for prompt in prompts]
             answers = self._responses([*prompts, *prompts], [*formatted, *formatted], [*chosen, *rejected])
             parts += zip(formatted, answers[: len(prompts)], answers[len(prompts) :], strict=True)
-        return self._gather(columns, parts, overlong)
+        names = pairs["prompt_id"] if "prompt_id" in pairs else pairs["prompt"].map(prompt_id)
+        return self._gather([*columns, names.to_numpy(str)], parts, overlong)
 
     def _gather(self, columns, parts, overlong):
         limit = self.max_length if self.max_length is not None else np.inf
@@ -795,7 +809,9 @@ class Formatter:
         rows = [part for part, keep in zip(parts, kept, strict=True) if keep]
         self._check_whole(columns, parts, np.flatnonzero(kept))
         prompt_ids = [list(prompt[1]) for prompt, _, _ in rows]  # copies: rows of one prompt must not share a list
-        return Encoded(prompt_ids, [c for _, c, _ in rows], [r for _, _, r in rows], kept, report)
+        prompts = [prompt for prompt, keep in zip(columns[0], kept, strict=True) if keep]
+        chosen, rejected = ([row[side] for row in rows] for side in (1, 2))
+        return Encoded(prompt_ids, chosen, rejected, kept, report, prompts, columns[3][kept])
 
     def _check_whole(self, columns, parts, kept):
         """On a few rows, prompt ids + response ids must be the tokens of the whole rendered conversation."""
