@@ -101,6 +101,7 @@ _KINDS = {
     "float": "give a number",
     "bool": "give true or false",
     "dict": "give a mapping",
+    "string": "give text",
 }
 
 
@@ -218,7 +219,7 @@ class Preset(Parameters):
 
     layers: Count
     d_model: Annotated[Count, Field(multiple_of=8)]
-    vocab_size: Annotated[Count, Field(ge=300)]
+    vocab_size: Annotated[Whole, Field(ge=300)]
     pretrain_steps: Count
     pretrain_batch: Count
     pretrain_rate: Positive
