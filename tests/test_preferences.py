@@ -199,20 +199,16 @@ def test_a_bad_row_is_refused_with_its_place_or_dropped_and_counted(tmp_path, ro
 
 def test_many_bad_rows_are_counted_and_the_first_shown():
     table = pd.DataFrame([PAIR] + [{**PAIR, "rejected": PAIR["chosen"]}] * 7)
-    with pytest.raises(PreferenceError, match="DataFrame: 7 of 8 rows .* row 2, .* row 6, .*; and 2 more. Mend"):
+    with pytest.raises(PreferenceError, match="DataFrame: 7 of 8 rows .* row 2, .* row 6, [^;]*. Mend"):
         load_pairs(table)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        (
-            "a.jsonl",
-            '{"prompt": "x", "chosen": "a", "other": 1}',
-            "the columns are prompt, chosen, other. Name them prompt, chosen, rejected",
-        ),
-        ("a.csv", "prompt,text\nx,y\n", "the columns are prompt, text. Name them prompt, chosen, rejected"),
-        ("a.jsonl", "\n", "holds no rows"),
+        ("a.jsonl", '{"prompt": "x", "chosen": "a", "other": 1}', "no column 'rejected'; it has prompt, chosen, other"),
+        ("a.csv", "prompt,text\nx,y\n", "no column 'chosen' and no column 'rejected'; it has prompt, text"),
+        ("a.jsonl", "\n", "no pair is left"),
         ("a.json", "[{]", "cannot be read (JSONDecodeError: Expecting property name enclosed in double quotes: line 1"),
         ("a.jsonl", b"\xff\xfe", "cannot be read (UnicodeDecodeError: 'utf-8' codec"),
         ("a.csv", 'prompt,chosen\n"x', "cannot be read (ParserError"),
@@ -234,7 +230,7 @@ def test_an_unusable_file_is_refused(tmp_path, name, content, words):
 
 
 def test_missing_sources_and_parameters_are_refused(tmp_path, monkeypatch):
-    with pytest.raises(PreferenceError, match="none.jsonl: cannot be read .FileNotFoundError.* Give a table, a .jsonl"):
+    with pytest.raises(PreferenceError, match="none.jsonl: no such file. Give an existing"):
         load_pairs(tmp_path / "none.jsonl")
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -430,7 +426,7 @@ def test_overlong_pairs_are_never_cut():
         formatter.encode(PAIR["prompt"], long["chosen"])
     with pytest.raises(PreferenceError, match=r"the prompt has \d+ tokens, over max_length=60"):
         formatter.prompt_ids("Hello. " * 50)
-    with pytest.raises(PreferenceError, match=r"no pair of 2 can .* pairs have \d+ to \d+ tokens. .* Raise max_length"):
+    with pytest.raises(PreferenceError, match=r"no pair of 2 can .* pairs have \d+ to \d+ tokens. .* Raise it"):
         formatter.encode_pairs(pairs[1:])
 
 
@@ -517,5 +513,3 @@ def test_describe_shows_tokens_and_special_tokens():
 def test_collate_pads_and_masks(side, rows):
     ids, mask = collate([[1, 2, 3], [4]], 0, side)
     assert ids.tolist() == rows and mask.tolist() == [[int(i > 0) for i in row] for row in rows]
-    with pytest.raises(PreferenceError, match="nothing to collate"):
-        collate([], 0)

@@ -242,8 +242,8 @@ class Formatter:
         if not kept.any():
             seen = f"pairs have {min(lengths)} to {max(lengths)} tokens. " if lengths else ""
             seen += f"Row 1: {problems[0].words}. " if problems else ""
-            advice = "Raise max_length, or load shorter pairs with max_chars."
-            raise PreferenceError(f"no pair of {len(rows)} can be used: {seen}{advice}")
+            limit = f"with max_length={self.max_length}: {seen}Raise it, or load shorter pairs with max_chars."
+            raise PreferenceError(f"no pair of {len(rows)} can be used {limit}")
         names = pairs["prompt_id"] if "prompt_id" in pairs else pairs["prompt"].map(prompt_id)
         ids = map(list, zip(*compress(rows, kept), strict=True))
         return Encoded(*ids, kept, report, pairs["prompt"][kept].tolist(), names.to_numpy(str)[kept])
@@ -285,9 +285,6 @@ def _usable(result):
 
 def collate(sequences, pad_id, side="right"):
     """Pad lists of token ids on the "left" or "right": (input_ids, attention_mask), int64 [sequences, longest]."""
-    if not any(map(len, sequences)):
-        raise PreferenceError("nothing to collate: every sequence is empty.")
     rows = [torch.as_tensor(ids, dtype=torch.long) for ids in sequences]
     masks = [torch.ones_like(row) for row in rows]
-    padded = {"batch_first": True, "padding_side": side}
-    return pad_sequence(rows, padding_value=pad_id, **padded), pad_sequence(masks, **padded)
+    return pad_sequence(rows, True, pad_id, padding_side=side), pad_sequence(masks, True, padding_side=side)

@@ -59,6 +59,8 @@ def _read_source(source, split):
     if isinstance(source, pd.DataFrame):
         return "DataFrame", _places(source.to_dict("records"))
     name, path = str(source), Path(source)
+    if path.suffix in READERS and not path.is_file():
+        raise PreferenceError(f"{name}: no such file. Give an existing {', '.join(SUFFIXES)} file or a hub id.")
     try:
         found = READERS[path.suffix](path) if path.suffix in READERS else _read_hub(name, split)
     except Exception as error:  # readers and the hub raise many unrelated types; the user needs one clear sentence
@@ -102,14 +104,12 @@ def load_pairs(source, *, limit=None, max_chars=None, split="train", on_bad="ref
     if on_bad not in ("refuse", "drop"):
         raise PreferenceError(f"on_bad={on_bad!r}: choose 'refuse' or 'drop'.")
     name, rows = _read_source(source, split)
-    if not rows:
-        raise PreferenceError(f"{name}: holds no rows.")
     columns = dict.fromkeys(column for _, row in rows if isinstance(row, dict) for column in row)
-    fields = next((fields for fields in SHAPES if {*fields[1:]} <= columns.keys()), None)
-    if columns and fields is None:
+    fields = next((fields for fields in SHAPES if {*fields[1:]} <= columns.keys()), None if columns else PAIRS)
+    if fields is None:
+        missing = " and no column ".join(repr(column) for column in PAIRS[1:] if column not in columns)
         advice = "Name them prompt, chosen, rejected (or prompt, completion, label)."
-        raise PreferenceError(f"{name}: the columns are {', '.join(map(str, columns))}. {advice}")
-    fields = fields or PAIRS
+        raise PreferenceError(f"{name}: no column {missing}; it has {', '.join(map(str, columns))}. {advice}")
     extra = [column for column in columns if column not in (*COLUMNS, *fields)]
     records, problems = [], []
     for place, row in rows:
@@ -119,9 +119,8 @@ def load_pairs(source, *, limit=None, max_chars=None, split="train", on_bad="ref
             problems.append((place, bad))
     if problems and on_bad == "refuse":
         shown = "; ".join(f"{place}, {bad}" for place, bad in problems[:ROWS_SHOWN])
-        more = f"; and {len(problems) - ROWS_SHOWN} more" if len(problems) > ROWS_SHOWN else ""
         advice = "Mend them, or pass on_bad='drop' to leave them out and count them."
-        raise PreferenceError(f"{name}: {len(problems)} of {len(rows)} rows cannot be used. {shown}{more}. {advice}")
+        raise PreferenceError(f"{name}: {len(problems)} of {len(rows)} rows cannot be used. {shown}. {advice}")
     report = {"source": name, "rows": len(rows)}
     report |= {f"bad_{kind}": count for kind, count in sorted(Counter(bad.kind for _, bad in problems).items())}
 
