@@ -71,7 +71,7 @@ def test_a_changed_parameter_makes_causal_tests_anew(changes, tmp_path):
 
 
 def test_every_stage_says_what_a_study_wants_of_it():
-    tiny = study.open("tiny", variants="load", progress=False)
+    tiny = study.open("tiny", progress=False)
     for name, stage in STAGES.items():
         assert stage.__doc__, name
         keys = [tiny.key(name, *args) for args in stage.wanted(tiny)] if name != "published_sae" else ["one"]
@@ -325,8 +325,7 @@ def test_every_named_direction_stands_beside_twenty_random_ones(smoke):
 @pytest.mark.parametrize("name", [name for name, stage in STAGES.items() if stage.ships and name != "published_sae"])
 def test_what_is_shipped_is_what_today_asks_for(name):
     """Nothing of data/tiny is out of date, damaged or missing: nothing is trained on a reader's machine."""
-    tiny = study.open("tiny", variants="load", progress=False)
-    stage = STAGES[name]
+    tiny, stage = study.open("tiny", progress=False), STAGES[name]
     for args in stage.wanted(tiny):
         found = tiny.store.find(stage.kind, **stage.identity(tiny, *args))
         assert found is not None and tiny.store.shipped[0] in found.path.parents, stage.label(tiny, *args)
