@@ -233,9 +233,9 @@ def dose_path(study: Study) -> pd.DataFrame:
                 said = behavior.compare([ends[share]], before, bootstrap=study.preset.bootstrap)
             else:
                 said = made.table("behavior.parquet").query("share == @share")
-            for measure, found in said.set_index("measure").iterrows():
-                if measure in DOSE_MEASURES:
-                    row |= {measure: found.value, f"{measure}_low": found.low, f"{measure}_high": found.high}
+            said = said.set_index("measure")
+            for measure, found in said.loc[[m for m in DOSE_MEASURES if m in said.index]].iterrows():
+                row |= {measure: found.value, f"{measure}_low": found.low, f"{measure}_high": found.high}
             for name, columns in UNMOVED.items():
                 table = (whole if share in ends else made).table(f"{name}.parquet")
                 table = table if share in ends else table.query("share == @share")
