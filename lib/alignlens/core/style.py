@@ -76,7 +76,7 @@ def lines(table: pd.DataFrame, y: str, *, x="layer", hue="method", col="family",
     looks |= {"height": 3, "aspect": 1.2, "errorbar": None, "legend": "full"} | options
     orders = {"hue_order": shown, "style_order": shown}
     grid = sns.relplot(table, x=x, y=y, col=col, kind="line", hue=hue, style=hue, **orders | looks)
-    grid.set_titles(col_template="{col_name}", row_template="{row_name}", template="{row_name} · {col_name}")
+    grid.set_titles(col_template="{col_name}", row_template="{row_name}")
     colors = looks["palette"]
 
     def draw(data, color, **_):
@@ -86,8 +86,6 @@ def lines(table: pd.DataFrame, y: str, *, x="layer", hue="method", col="family",
 
     if band:
         grid.map_dataframe(draw)
-    for text in grid.legend.texts if grid.legend else ():
-        text.set_text(NAMES.get(text.get_text(), text.get_text()))
     if x == "layer":
         for axis in grid.axes.flat:
             axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
@@ -112,7 +110,7 @@ def intervals(table: pd.DataFrame, y: str, *, low=None, high=None, x="method", c
         plt.xticks(range(len(shown)), shown, rotation=60, ha="right")
 
     grid.map_dataframe(draw)
-    grid.set_titles(col_template="{col_name}", row_template="{row_name}", template="{row_name} · {col_name}")
+    grid.set_titles(col_template="{col_name}", row_template="{row_name}")
     return grid.set_axis_labels("", y)
 
 
