@@ -7,6 +7,7 @@ from functools import cache
 
 import numpy as np
 import pandas as pd
+from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.metrics import roc_auc_score
 
 from alignlens import behavior, preferences, probes
@@ -147,6 +148,45 @@ def changes(transfer: pd.DataFrame) -> pd.DataFrame:
         row = {"largest_change": top.difference, "low": top.difference_low, "high": top.difference_high}
         counts = {"layers_with_change": int(found.raw.sum()), "after_correction": int((found.p < 0.05).sum())}
         rows.append({"family": family, "method": method} | row | {"at_layer": int(top.layer)} | counts)
+    return pd.DataFrame(rows)
+
+
+# --- one base, what it would take to beat it -----------------------------------------------------------------------
+
+
+def baselines(study: Study) -> pd.DataFrame:
+    """Grouped probes of the base next to what needs no depth: length, bag of tokens, the base's log-probability margin.
+
+    family, baseline, auroc, auroc_low, auroc_high, accuracy; "layer 0" and "best layer" come last.
+    """
+    names, rows = ["auroc", "auroc_low", "auroc_high", "accuracy"], {}
+    for family in study.families:
+        pairs, base = study.measured(family), Variant(family, "base")
+        encoded, said = study.format(family).encode_pairs(pairs), study.behavior(base)
+        sides = encoded.chosen_ids, encoded.rejected_ids
+        bag = CountVectorizer(analyzer=list, dtype=float).fit([*sides[0], *sides[1]])
+        features = {
+            "length": [np.array([len(ids) for ids in side], float) for side in sides],
+            "bag of tokens": [bag.transform(side) for side in sides],
+            "log-probability": [said.chosen_logprob.to_numpy(), said.rejected_logprob.to_numpy()],
+        }
+        options = {"folds": study.preset.folds, "bootstrap": study.preset.bootstrap}
+        for name, values in features.items():
+            rows[family, name] = probes.fit_features(*values, pairs.prompt_id.to_numpy(), **options)[names]
+        grouped = study.probes(base).table("grouped.parquet")[names]
+        rows |= {(family, "layer 0"): grouped.iloc[0], (family, "best layer"): grouped.loc[grouped.auroc.idxmax()]}
+    return pd.DataFrame(rows).T.astype(float).rename_axis(["family", "baseline"]).reset_index()
+
+
+def selectivity(study: Study) -> pd.DataFrame:
+    """``probes.selectivity`` of each base at its reference layer, under both protocols."""
+    rows, options = [], {"folds": study.preset.folds, "bootstrap": study.preset.bootstrap}
+    for family, layer in reference_layers(study).items():
+        found = study.activations(Variant(family, "base"))
+        sides = [side[:, None] for side in found.at(layer)]
+        for protocol in PROTOCOLS:
+            table = probes.selectivity(*sides, found.prompt_id, protocol=protocol, **options)
+            rows.append({"family": family, "protocol": protocol, **table.iloc[0].to_dict(), "layer": layer})
     return pd.DataFrame(rows)
 
 
