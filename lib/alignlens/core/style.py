@@ -66,20 +66,23 @@ def order(methods) -> list[str]:
     return [m for m in METHODS if m in set(methods)]
 
 
-def lines(table: pd.DataFrame, y: str, *, x="layer", col="family", band=(), **options) -> sns.FacetGrid:
-    """``seaborn.relplot``, one line a method; ``band``: methods whose interval (``y_low``, ``y_high``) is drawn."""
-    words = {"height": 3, "aspect": 1.2, "markers": MARKERS, "dashes": DASHES, "errorbar": None, "legend": "full"}
-    grid = sns.relplot(
-        table, x=x, y=y, col=col, kind="line", hue="method", style="method", hue_order=order(table.method),
-        style_order=order(table.method), palette=METHODS, **words | options,
-    )  # fmt: skip
+def lines(table: pd.DataFrame, y: str, *, x="layer", hue="method", col="family", band=(), **options) -> sns.FacetGrid:
+    """``seaborn.relplot``, one line a method (or a value of ``hue``, which then needs a ``palette`` of its own).
+
+    band : values of ``hue`` whose interval, columns ``y_low`` and ``y_high``, is drawn.
+    """
+    shown = order(table[hue]) if hue == "method" else list(dict.fromkeys(table[hue]))
+    looks = {"palette": METHODS, "markers": MARKERS, "dashes": DASHES} if hue == "method" else {"markers": True}
+    looks |= {"height": 3, "aspect": 1.2, "errorbar": None, "legend": "full"} | options
+    orders = {"hue_order": shown, "style_order": shown}
+    grid = sns.relplot(table, x=x, y=y, col=col, kind="line", hue=hue, style=hue, **orders | looks)
     grid.set_titles(col_template="{col_name}", row_template="{row_name}")
+    colors = looks["palette"]
 
     def draw(data, color, **_):
-        for method in (m for m in order(data.method) if m in band):
-            rows = data[data.method == method].sort_values(x)
-            color = METHODS[method]
-            plt.fill_between(rows[x], rows[f"{y}_low"], rows[f"{y}_high"], color=color, alpha=0.15, lw=0)
+        for name in (n for n in shown if n in band):
+            rows = data[data[hue] == name].sort_values(x)
+            plt.fill_between(rows[x], rows[f"{y}_low"], rows[f"{y}_high"], color=colors[name], alpha=0.15, lw=0)
 
     if band:
         grid.map_dataframe(draw)
@@ -90,7 +93,10 @@ def lines(table: pd.DataFrame, y: str, *, x="layer", col="family", band=(), **op
 
 
 def intervals(table: pd.DataFrame, y: str, *, low=None, high=None, x="method", col="family", **options):
-    """``seaborn.FacetGrid`` of one point with its 95 % interval (columns ``y_low``, ``y_high``) a method."""
+    """``seaborn.FacetGrid`` of one point with its 95 % interval (columns ``y_low``, ``y_high``) a method.
+
+    Rows of a panel that share their ``x`` (families, say) stand side by side.
+    """
     low, high, shown = low or f"{y}_low", high or f"{y}_high", order(table[x]) or list(dict.fromkeys(table[x]))
     grid = sns.FacetGrid(table, col=col, **{"height": 3, "aspect": 1.1} | options)
 
@@ -99,7 +105,8 @@ def intervals(table: pd.DataFrame, y: str, *, low=None, high=None, x="method", c
             rows = data[data[x] == name]
             reach = np.clip([rows[y] - rows[low], rows[high] - rows[y]], 0, None)
             kind = {"color": METHODS.get(name, "#333333"), "marker": MARKERS.get(name, "o")}
-            plt.errorbar(np.full(len(rows), place_), rows[y], reach, ls="", ms=5, lw=1.3, **kind)
+            beside = np.linspace(-0.22, 0.22, len(rows)) if len(rows) > 1 else np.zeros(len(rows))
+            plt.errorbar(place_ + beside, rows[y], reach, ls="", ms=5, lw=1.3, **kind)
         plt.xticks(range(len(shown)), shown, rotation=60, ha="right")
 
     grid.map_dataframe(draw)
