@@ -77,12 +77,15 @@ def test_notebook_is_stripped_and_short(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebook_has_at_least_as_much_text_as_code(path):
+def test_notebook_says_what_it_does(path):
+    """Words stand before what is done: never more than three cells of code in a row, and a third of all is text."""
     cells = json.loads(path.read_text())["cells"]
+    kinds = "".join("c" if c["cell_type"] == "code" else "m" for c in cells)
+    assert "cccc" not in kinds
     amount = {
         kind: sum(len("".join(c["source"])) for c in cells if c["cell_type"] == kind) for kind in ("code", "markdown")
     }
-    assert amount["markdown"] >= amount["code"]
+    assert amount["markdown"] >= sum(amount.values()) / 3
 
 
 def test_imports_point_one_way():

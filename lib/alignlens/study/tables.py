@@ -233,7 +233,7 @@ def contrast(study: Study) -> pd.DataFrame:
     out = []
     for family in study.families:
         for name, pairs in contrast_sets(study, family).items():
-            found = study.read(Variant(family, "base"), pairs, name)
+            found = study.activations(Variant(family, "base"), name, pairs)
             facts = {"family": family, "set": name, "pairs": len(pairs)}
             for protocol in PROTOCOLS:
                 floor = noise_floor(len(pairs), found.chosen.shape[-1], protocol)
