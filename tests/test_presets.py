@@ -2,10 +2,11 @@
 
 import pytest
 
-from alignlens import align
 from alignlens.core import settings as presets
 from alignlens.core.errors import PresetError
 from alignlens.core.settings import from_notebook, resolve
+
+RATES = dict(presets.PRESETS["tiny"].learning_rates)
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)
@@ -15,10 +16,6 @@ def test_every_preset_resolves_and_is_complete(name):
     assert preset == presets.PRESETS[name]
     for method in (*preset.methods, *preset.controls, "reward"):
         assert preset.learning_rates[method] > 0
-
-
-def test_presets_and_trainers_know_the_same_methods():
-    assert (presets.METHODS, presets.CONTROLS) == (align.METHODS, align.CONTROLS)
 
 
 def test_a_mistyped_name_gets_a_suggestion():
@@ -39,7 +36,7 @@ def test_a_mistyped_name_gets_a_suggestion():
         ("steps", 20.0, 20),
         ("dose", "1.5", 1.5),
         ("dose", 2, 2.0),
-        ("learning_rates", {"dpo": 1e-4}, {**presets.TINY_RATES, "dpo": 1e-4}),
+        ("learning_rates", {"dpo": 1e-4}, {**RATES, "dpo": 1e-4}),
         ("methods", "dpo", ("dpo",)),
         ("methods", ["dpo", "kto"], ("dpo", "kto")),
         ("controls", [], ()),
@@ -52,6 +49,13 @@ def test_a_mistyped_name_gets_a_suggestion():
         ("trust_remote_code", True, True),
         ("shipped", "elsewhere", "elsewhere"),
         ("families", {"mine": "folder"}, {"mine": "folder"}),
+        ("families", '{"mine": "folder"}', {"mine": "folder"}),
+        ("learning_rates", '{"dpo": 1e-4}', {**RATES, "dpo": 1e-4}),
+        ("steer_strengths", "0.1,0.5", (0.1, 0.5)),
+        ("dose_shares", "0.2,0.5", (0.2, 0.5)),
+        ("dictionary_k", 12.5, 12.5),
+        ("dictionary_k", "10.0", 10),
+        ("layers_measured", "3,0", (0, 3)),
     ],
 )
 def test_command_line_forms_become_the_fields_type(field, given, meant):
@@ -63,31 +67,45 @@ def test_command_line_forms_become_the_fields_type(field, given, meant):
 @pytest.mark.parametrize(
     ("field", "given", "words"),
     [
-        ("steps", "many", "steps is 'many'; it must be a number"),
-        ("steps", 2.5, "steps is 2.5; it must be a number"),
+        ("steps", "many", "steps is 'many': give a whole number"),
+        ("steps", 2.5, "steps is 2.5: give a whole number"),
         ("steps", True, "steps is True"),
         ("steps", 0, "at least 1"),
         ("dose", "nan", "dose is 'nan'"),
         ("trust_remote_code", "yes", "trust_remote_code is 'yes'"),
         ("pairs", 7, "pairs is 7"),
         ("families", "llama", "give a mapping"),
-        ("families", {}, "at least one base"),
-        ("seeds", [], "seeds is empty"),
-        ("folds", 2, "at least 3 are needed"),
+        ("families", {}, "families is {}: give at least one"),
+        ("seeds", [], "give at least one"),
+        ("folds", 2, "folds is 2: it must be at least 3"),
         ("seeds", [0, 0], "named once"),
-        ("limit", 0, "limit is 0; it must be at least 1"),
-        ("dose", -1, "dose is -1.0; give a positive number"),
-        ("reward_share", 2, "must be positive and leave a share"),
-        ("length_bias", "inf", "length_bias is inf"),
-        ("methods", ["dpo", "rlhf"], "methods holds 'rlhf'; choose from ppo"),
-        ("methods", ["sft"], "methods holds 'sft'"),
-        ("controls", ["dpo"], "controls holds 'dpo'"),
+        ("limit", 0, "limit is 0: it must be at least 1"),
+        ("dose", -1, "dose is -1: it must be above 0"),
+        ("reward_share", 2, "reward_share is 2: it must be below 1"),
+        ("length_bias", "inf", "length_bias is 'inf': give a finite number"),
+        ("methods", ["dpo", "rlhf"], "'rlhf': choose one of ppo, dpo"),
+        ("methods", ["sft"], "is 'sft': choose one of ppo"),
+        ("controls", ["dpo"], "is 'dpo': choose one of sft, shuffled"),
         ("variants", "maybe", "choose one of auto, load, train"),
         ("recipe", "ours", "choose one of study, published"),
         ("stop", "never", "choose one of dose, last"),
-        ("position", "first", "choose one of last, mean, prompt"),
+        ("position", "first", "choose one of last, mean"),
         ("device", "tpu", "choose one of auto, cpu, cuda"),
         ("on_bad", "ignore", "choose one of refuse, drop"),
+        ("position", "prompt", "position is 'prompt': choose one of last, mean"),
+        ("reward_share", 0.9, "leave no share for training"),
+        ("layers", 0, "layers is 0: it must be at least 1"),
+        ("vocab_size", -1, "vocab_size is -1: it must be at least 300"),
+        ("dose", "inf", "dose is 'inf': give a finite number"),
+        ("jobs", -3, "jobs is -3: it must be at least 0"),
+        ("learning_rates", {"dpo": -1}, r"learning_rates\[dpo\] is -1: it must be above 0"),
+        ("learning_rates", {"rlhf": 1}, "rlhf"),
+        ("dictionary_layers", -1, "dictionary_layers is -1: give 'spread' or whole numbers"),
+        ("layers_measured", "0,6", "layers_measured names layer 6, but the base has layers 0 to 5"),
+        ("steer_strengths", "0.1,0", "none may be 0"),
+        ("dose_shares", "0.5,1", "it must be below 1"),
+        ("random_directions", 19, "at least 20"),
+        ("families", '{"a": "b"', "not valid JSON"),
     ],
 )
 def test_bad_values_are_named(field, given, words):
@@ -109,7 +127,7 @@ def test_an_override_does_not_leak_into_the_preset():
     before = dict(presets.PRESETS["tiny"].learning_rates)
     resolve("tiny", learning_rates={"dpo": 9.0}).learning_rates["kto"] = 9.0
     assert presets.PRESETS["tiny"].learning_rates == before
-    assert presets.TINY_RATES == before
+    assert RATES == before
 
 
 def test_a_notebooks_globals_are_its_parameters():
@@ -147,5 +165,5 @@ def test_paths_are_taken_from_the_projects_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["layers_measured", "dictionary_layers"])
 def test_layers_are_numbers_or_the_one_word(name):
     assert getattr(presets.resolve("tiny", **{name: "1,3"}), name) == (1, 3)
-    with pytest.raises(PresetError, match=f"{name} is .'deep'.; give '(all|spread)' or whole numbers"):
+    with pytest.raises(PresetError, match=f"{name} is 'deep': give '(all|spread)' or whole numbers"):
         presets.resolve("tiny", **{name: "deep"})

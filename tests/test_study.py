@@ -9,11 +9,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from alignlens import study
-from alignlens.core import settings as presets
-from alignlens.core import store
+from alignlens.core import settings, store
 from alignlens.core.errors import AlignError, DictionaryError, PreferenceError, PresetError
 from alignlens.preferences import tinyworld
-from alignlens.study import Study, Variant, mechanisms, tables
+from alignlens.study import STAGES, Variant, features, measuring, mechanisms, tables
 
 SMOKE = Variant("llama", "dpo", 0)
 
@@ -42,7 +41,7 @@ def test_a_result_is_made_once_and_found_again(smoke, smoke_store):
 def test_keys_follow_what_a_stage_depends_on(smoke, tmp_path):
     def keys(**changes):
         other = study.open("smoke", store=str(tmp_path), progress=False, **changes)
-        return other._base_key("llama"), other._reward_key("llama", 0), other._split_keys["train"]
+        return other.key("base", "llama"), other.key("reward_model", "llama", 0), other.split_key("train")
 
     base, reward, train = keys()
     assert keys() == (base, reward, train)
@@ -53,10 +52,42 @@ def test_keys_follow_what_a_stage_depends_on(smoke, tmp_path):
     assert keys(split_seed=1)[2] != train
 
 
+@pytest.mark.parametrize("upstream", ["base", "variant", "tokens", "sae", "latents", "behavior", "activations"])
+def test_a_new_version_reaches_everything_downstream(upstream, tmp_path, monkeypatch):
+    def key():
+        return study.open("tiny", store=str(tmp_path), progress=False).key("causal", SMOKE)
+
+    before = key()
+    monkeypatch.setattr(STAGES[upstream], "version", 99)
+    assert key() != before
+
+
+@pytest.mark.parametrize(
+    "changes", [{"folds": 4}, {"reward": "truth"}, {"steer_strengths": "0.1,0.5"}, {"dictionary_k": 12.5}]
+)
+def test_a_changed_parameter_makes_causal_tests_anew(changes, tmp_path):
+    keys = [study.open("tiny", store=str(tmp_path), **words).key("causal", SMOKE) for words in ({}, changes)]
+    assert keys[0] != keys[1]
+
+
+def test_every_stage_says_what_a_study_wants_of_it():
+    tiny = study.open("tiny", variants="load", progress=False)
+    for name, stage in STAGES.items():
+        assert stage.__doc__, name
+        keys = [tiny.key(name, *args) for args in stage.wanted(tiny)] if name != "published_sae" else ["one"]
+        assert keys and len(set(keys)) == len(keys), name
+    with pytest.raises(AttributeError, match="a study has no 'probez'; its stages are base, reward_model"):
+        tiny.probez  # noqa: B018
+    with pytest.raises(PresetError, match="stage 'probez' is unknown; choose from bases"):
+        tiny.make_all("probez")
+
+
 def test_run_id_names_results_not_places(tmp_path):
     here = study.open("smoke", store=str(tmp_path), progress=False)
     assert here.run_id == study.open("smoke", store=str(tmp_path), jobs=2, figures="elsewhere").run_id
     assert here.run_id != study.open("smoke", store=str(tmp_path), steps=19).run_id
+    given = [study.open("smoke", store=str(tmp_path), checkpoints={"llama:dpo": f"hub/{n}"}).run_id for n in "ab"]
+    assert len({here.run_id, *given}) == 3, "another checkpoint under the same name is another run"
 
 
 def test_load_never_trains(tmp_path, smoke_store):
@@ -133,17 +164,6 @@ def test_contrast_sets_are_what_they_say(smoke):
     assert len(sets["few pairs"]) < smoke.width("llama")
 
 
-def test_over_seeds_keeps_the_error_that_seeds_share():
-    from alignlens.figures import over_seeds
-
-    one = pd.DataFrame({"family": "f", "method": "m", "layer": 0, "seed": range(3), "auroc": 0.7})
-    table = one.assign(auroc_low=0.6, auroc_high=0.8)
-    row = over_seeds(table, ["auroc"]).iloc[0]
-    assert np.isclose(row.auroc_high - row.auroc_low, 0.2), "three seeds on the same prompts are no three samples"
-    spread = over_seeds(table.assign(auroc=[0.6, 0.7, 0.8]), ["auroc"]).iloc[0]
-    assert spread.auroc_high - spread.auroc_low > 0.2
-
-
 def test_changes_are_counted_with_and_without_correction():
     rows = [
         {
@@ -195,15 +215,15 @@ def test_a_random_direction_is_as_large_as_its_pattern_and_points_elsewhere(smok
 def test_dictionaries_are_read_where_they_were_trained(smoke):
     layer, other = smoke.crosscoder_layer("llama"), smoke.dictionary_layers("llama")[0]
     artifact = smoke.sae("llama", layer)
-    assert smoke.read_dictionary(artifact, [layer]).facts["hooks"] == [f"blocks.{layer}.hook_resid_post"]
+    assert features.read_dictionary(artifact, [layer]).facts["hooks"] == [f"blocks.{layer}.hook_resid_post"]
     with pytest.raises(DictionaryError, match=f"blocks.{layer}.hook_resid_post.*not.*blocks.{other}.hook_resid_post"):
-        smoke.read_dictionary(artifact, [other])
+        features.read_dictionary(artifact, [other])
 
 
 def test_one_dictionary_reads_all_models_and_the_base_has_not_changed(smoke):
     base = Variant("llama", "base")
     layer = smoke.crosscoder_layer("llama")
-    found = smoke.read_dictionary(smoke.sae("llama", layer), [layer])
+    found = features.read_dictionary(smoke.sae("llama", layer), [layer])
     codes = found.codes({"pooled": smoke.tokens(base).at(layer)})
     usage = smoke.latents(base).table("usage.parquet").query("layer == @layer")
     np.testing.assert_allclose(usage.density, np.diff(codes.tocsc().indptr) / codes.shape[0])
@@ -282,7 +302,7 @@ def test_only_parts_that_survive_correction_are_clear():
 
 
 def test_interventions_read_other_prompts_than_their_directions(smoke):
-    pairs, fitted = smoke._causal_halves("llama")
+    pairs, fitted = measuring.causal_halves(smoke, "llama")
     seen = set(smoke.measured("llama")[fitted].prompt_id)
     assert len(pairs) == smoke.preset.causal_pairs
     assert not seen & set(pairs.prompt_id)
@@ -302,24 +322,26 @@ def test_every_named_direction_stands_beside_twenty_random_ones(smoke):
     np.testing.assert_allclose(last.margin_patched, last.margin_source, rtol=0.05)
 
 
-def test_all_tiny_variants_are_shipped_and_intact():
-    """Today's code asks for exactly the artifacts that lie in data/tiny: nothing is trained on a reader's machine."""
-    tiny = Study(presets.resolve("tiny", variants="load"), progress=False)
-    assert tiny.store.shipped
-    shipped = tiny.store.shipped[0]
-    for family in tiny.families:
-        base = tiny.store.find("base", **tiny.base_identity(family))
-        assert base is not None and shipped in base.path.parents, family
-        assert base.extra["loss"] < 1
-    for variant in tiny.variants(base=False):
-        artifact = tiny.variant(variant)
-        assert shipped in artifact.path.parents, variant.label
-        assert set(artifact.manifest["files"]) == {"adapter_config.json", "adapter_model.safetensors", "curves.parquet"}
+@pytest.mark.parametrize("name", [name for name, stage in STAGES.items() if stage.ships and name != "published_sae"])
+def test_what_is_shipped_is_what_today_asks_for(name):
+    """Nothing of data/tiny is out of date, damaged or missing: nothing is trained on a reader's machine."""
+    tiny = study.open("tiny", variants="load", progress=False)
+    stage = STAGES[name]
+    for args in stage.wanted(tiny):
+        found = tiny.store.find(stage.kind, **stage.identity(tiny, *args))
+        assert found is not None and tiny.store.shipped[0] in found.path.parents, stage.label(tiny, *args)
+
+
+def test_shipped_variants_have_moved_and_shipped_bases_have_learnt():
+    tiny = study.open("tiny", variants="load", progress=False)
+    assert all(tiny.base(family).extra["loss"] < 1 for family in tiny.families)
     assert tables.doses(tiny).dose.gt(0).all()
+    files = {"adapter_config.json", "adapter_model.safetensors", "curves.parquet"}
+    assert all(set(tiny.variant(v).manifest["files"]) == files for v in tiny.variants(base=False))
 
 
 def test_a_damaged_shipped_artifact_is_reported(tmp_path):
-    source = next((presets.home() / "data" / "tiny" / "variant").glob("llama-dpo-seed0-*"))
+    source = next((settings.home() / "data" / "tiny" / "variant").glob("llama-dpo-seed0-*"))
     copy = tmp_path / "shipped" / "variant" / source.name
     shutil.copytree(source, copy)
     weights = copy / "adapter_model.safetensors"

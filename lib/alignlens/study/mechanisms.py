@@ -9,7 +9,7 @@ import pandas as pd
 from scipy.stats import false_discovery_control, norm
 
 from alignlens import behavior
-from alignlens.study import Study, Variant
+from alignlens.study import STAGES, Study, Variant, features
 from alignlens.study.tables import collect, reference_layers
 
 NULLS = ("self", "seeds", "random")
@@ -18,7 +18,8 @@ NULLS = ("self", "seeds", "random")
 def calibration(study: Study) -> pd.DataFrame:
     """Scores of every calibration run: kind, recall, false_discovery and more, by regime, instrument, samples, seed."""
     return pd.concat(
-        [study.calibration(*words).table("score.parquet") for words in study.calibrations()], ignore_index=True
+        [study.calibration(*words).table("score.parquet") for words in STAGES["calibration"].wanted(study)],
+        ignore_index=True,
     )
 
 
@@ -45,7 +46,7 @@ def dictionary_history(study: Study) -> pd.DataFrame:
     out = []
     for family in study.families:
         for layer in study.dictionary_layers(family):
-            found = study.read_dictionary(study.sae(family, layer), [layer])
+            found = features.read_dictionary(study.sae(family, layer), [layer])
             out.append(found.history.assign(family=family, layer=layer, dead_share=found.history.dead / found.width))
     return pd.concat(out, ignore_index=True)
 
@@ -105,7 +106,7 @@ def seed_stability(study: Study) -> pd.DataFrame:
     out = []
     for family in study.families:
         layer = study.crosscoder_layer(family)
-        first, second = (study.read_dictionary(study.sae(family, layer, seed), [layer]) for seed in (0, 1))
+        first, second = (features.read_dictionary(study.sae(family, layer, seed), [layer]) for seed in (0, 1))
         streams = {"pooled": study.tokens(Variant(family, "base")).at(layer)}
         alive = tuple(np.diff(d.codes(streams).tocsc().indptr) > 0 for d in (first, second))
         rng = np.random.default_rng(0)
@@ -152,7 +153,7 @@ def crosscoders(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
     for family in study.families:
         layer = study.crosscoder_layer(family)
         for name, first, second in study.comparisons(family):
-            found = study.read_dictionary(study.crosscoder(first, second), [layer])
+            found = features.read_dictionary(study.crosscoder(first, second), [layer])
             streams = {"base": study.tokens(first).at(layer), "aligned": study.tokens(second).at(layer)}
             facts = {"family": family, "method": name, "layer": layer, "rows": len(streams["base"])}
             tables.append(dictionaries.classify(found, streams).assign(**facts))
@@ -265,7 +266,7 @@ def window_latents(study: Study) -> pd.DataFrame:
     for family in study.families:
         name, first, second = min(study.comparisons(family), key=lambda c: c[0] != "dpo")
         layers = study.dictionary_layers(family)
-        found = study.read_dictionary(study.window(family), layers)
+        found = features.read_dictionary(study.crosscoder(*features.windowed(study, family)), layers)
         streams = {n: study.tokens(v).streams for n, v in zip(dictionaries.STREAMS, (first, second), strict=True)}
         labels = dictionaries.classify(found, streams)
         rows = {n: r.astype(float) for n, r in found.rows().items()}
@@ -334,7 +335,7 @@ class LatentReader:
 
 def latent_reader(study: Study, variant: Variant, layer: int) -> LatentReader:
     """See ``LatentReader``."""
-    found = study.read_dictionary(study.sae(variant.family, layer), [layer])
+    found = features.read_dictionary(study.sae(variant.family, layer), [layer])
     tokens = study.tokens(variant)
     names = {}
     if study.tiny_world:

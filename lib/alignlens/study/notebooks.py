@@ -12,9 +12,9 @@ import papermill
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
-from alignlens.core import settings as presets
+from alignlens.core import settings
 from alignlens.core.errors import AlignlensError
-from alignlens.figures import shrink
+from alignlens.core.style import shrink
 
 # Kernels that start side by side can take each other's TCP port; sockets in the file system cannot collide.
 SOCKETS = Config({"KernelManager": {"transport": "ipc"}})
@@ -34,9 +34,9 @@ def run(name: str, parameters: dict, *, folder: str | Path | None = None) -> Pat
     NotebookError
         with the failing cell's error, and where the failed copy lies.
     """
-    preset = presets.resolve(**({"preset": "tiny"} | parameters))
-    source = presets.home() / "notebooks" / f"{name}.ipynb"
-    folder = Path(folder or presets.place(preset.figures)) / preset.name
+    preset = settings.resolve(**({"preset": "tiny"} | parameters))
+    source = settings.home() / "notebooks" / f"{name}.ipynb"
+    folder = Path(folder or settings.place(preset.figures)) / preset.name
     folder.mkdir(parents=True, exist_ok=True)
     target, failed = folder / f"{name}.ipynb", folder / f"{name}.failed.ipynb"
     start = time.perf_counter()
@@ -72,6 +72,6 @@ def _tidy(path: Path, name: str, preset: str) -> None:
 
 def given(names: dict) -> dict:
     """The parameters that a driver notebook was given, checked, as it passes them on: fields left at None are out."""
-    presets.from_notebook(names)
-    fields = {f for f in presets.Preset.__dataclass_fields__ if f != "name"} | {"preset"}
+    settings.from_notebook(names)
+    fields = {*settings.Preset.model_fields, "preset"} - {"name"}
     return {k: v for k, v in names.items() if k in fields and v is not None}

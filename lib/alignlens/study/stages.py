@@ -1,34 +1,60 @@
-"""What a study is made of: its models, where they come from, and the versions of the stages that make its artifacts."""
+"""One class a stage: all that a kind of result is (name, version, what it depends on, how it is made) in one place.
+
+A stage is declared by subclassing ``Stage``; nothing else knows of it. Its key hashes the keys of its inputs, its
+parameters and its version, so a change anywhere upstream reaches everything downstream. ``STAGES`` holds them in the
+order of their declaration, which is the order of work.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from pathlib import Path
 
-# Raised by hand when the results of a stage change.
-VERSIONS = {
-    "base": 1, "reward": 1, "variant": 1, "activations": 1, "behavior": 1, "probes": 1, "random": 1, "tokens": 1,
-    "dictionary": 1, "latents": 1, "published_crosscoder": 1, "published_sae": 1, "calibration": 1,
-    "geometry": 1, "dose": 2, "causal": 1,
-}  # fmt: skip
+STAGES: dict[str, Stage] = {}
 
 
-@dataclass(frozen=True, order=True)
-class Variant:
-    """One model of a study: a family, a method, a control or "base", and a seed."""
+class Stage:
+    """A kind of result. ``study.NAME(*args)`` gives it, from the store or made now; args are hashable.
 
-    family: str
-    method: str
-    seed: int = 0
+    name : attribute of the study that asks for it. version : raised by hand when results change. kind : folder in the
+    store, by default the name. group : what ``Study.make_all`` calls it. title : in the progress bar. after : stages to
+    finish before its tasks run side by side. ships : whether ``Study.ship`` copies it.
+    """
 
-    @property
-    def label(self) -> str:
-        return f"{self.family}-base" if self.method == "base" else f"{self.family}-{self.method}-seed{self.seed}"
+    name: str
+    version: int = 1
+    kind: str = ""
+    group: str = ""
+    title: str = ""
+    after: tuple[str, ...] = ("variant",)
+    ships: bool = False
 
+    def __init_subclass__(cls):
+        if "name" in vars(cls):  # not what several stages only have in common
+            cls.kind, cls.group, cls.title = cls.kind or cls.name, cls.group or cls.name, cls.title or cls.name
+            STAGES[cls.name] = cls()
 
-@dataclass(frozen=True)
-class Source:
-    """Where a model comes from: what Transformers loads, an adapter on top if any, and the hash of both."""
+    def wanted(self, s) -> list[tuple]:
+        """Arguments of all results that a whole study has."""
+        raise NotImplementedError
 
-    model: str
-    adapter: str | None
-    key: str
+    def label(self, s, *args) -> str:
+        """Names the artifact's folder, for readers only."""
+        return args[0].label
+
+    def inputs(self, s, *args) -> dict[str, str]:
+        """Name -> key of everything it is made from."""
+        raise NotImplementedError
+
+    def parameters(self, s, *args) -> dict:
+        return {}
+
+    def make(self, s, folder: Path, *args) -> dict | None:
+        """Write the files into the folder; returns small facts for the manifest."""
+        raise NotImplementedError
+
+    def read(self, artifact):
+        """What ``study.NAME(...)`` returns."""
+        return artifact
+
+    def identity(self, s, *args) -> dict:
+        return {"inputs": self.inputs(s, *args), "parameters": self.parameters(s, *args), "version": self.version}

@@ -1,0 +1,328 @@
+"""The front door: ask a study for a result; it comes from the store or is made, with all that it depends on.
+
+Every result is an artifact keyed by what it depends on, so notebooks run alone and in any order, a killed run goes on
+where it stopped, and two studies can share a store.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property, partial
+from pathlib import Path
+
+import pandas as pd
+from transformers import AutoTokenizer
+
+from alignlens import models, preferences
+from alignlens.core import settings, store
+from alignlens.core.errors import PreferenceError, PresetError
+from alignlens.core.store import Artifact, Store, content_hash
+from alignlens.preferences import tinyworld
+from alignlens.study import runner
+from alignlens.study.stages import STAGES
+from alignlens.study.variants import TEXTS, Source, Variant
+
+# Where and how fast a study runs does not name its results.
+PLACES = ("store", "figures", "jobs", "device", "shipped", "variants", "read_batch")
+
+
+class Study:
+    """Everything a preset describes, made when asked for: ``study.probes(variant)`` and so on, one name a stage.
+
+    Parameters
+    ----------
+    preset : see ``settings.resolve``.
+    progress : show one progress bar for long work.
+    """
+
+    def __init__(self, preset: settings.Preset, *, progress: bool = True):
+        self.preset, self.progress = preset, progress
+        shipped = settings.place(preset.shipped) if preset.shipped and preset.variants != "train" else ""
+        self.store = Store(settings.place(preset.store), shipped if Path(shipped or "-").is_dir() else None)
+        self._kept: dict[tuple, object] = {}  # keys, formatters, sources: asked for thousands of times
+
+    def _once(self, what: str, argument, make):
+        if (what, argument) not in self._kept:
+            self._kept[what, argument] = make()
+        return self._kept[what, argument]
+
+    # --- results ----------------------------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str):
+        if name in STAGES:
+            return partial(self._result, name)
+        raise AttributeError(f"a study has no {name!r}; its stages are {', '.join(STAGES)}")
+
+    def __dir__(self):
+        return [*super().__dir__(), *STAGES]
+
+    def _result(self, name: str, *args):
+        return STAGES[name].read(self.get(name, *args))
+
+    def get(self, name: str, *args) -> Artifact:
+        """The artifact of a stage, from the store or made now."""
+        stage = STAGES[name]
+        make = partial(stage.make, self)
+        return self.store.get(
+            stage.kind, stage.label(self, *args), lambda folder: make(folder, *args), **stage.identity(self, *args)
+        )
+
+    def key(self, name: str, *args) -> str:
+        """The key of a result, without making it."""
+        stage = STAGES[name]
+        return self._once(name, args, lambda: Store.key(stage.kind, **stage.identity(self, *args)))
+
+    def make_all(self, *groups: str) -> None:
+        """Make what these groups of stages hold ("variants", "probes", ...), several results side by side.
+
+        Shows one progress bar with what is being made. Later calls find everything in the store.
+        """
+        known = list(dict.fromkeys(stage.group for stage in STAGES.values()))
+        for group in groups or known:
+            if group not in known:
+                raise PresetError(f"stage {group!r} is unknown; choose from {', '.join(known)}")
+        runner.run(self, runner.plan(self, groups or known))
+
+    def ship(self, folder: str | Path) -> int:
+        """Copy what is shipped of this study into a store to ship; returns how many artifacts."""
+        made = [self.get(n, *args) for n, stage in STAGES.items() if stage.ships for args in stage.wanted(self)]
+        for artifact in made:
+            store.ship(artifact, settings.place(str(folder)))
+        return len(made)
+
+    @property
+    def run_id(self) -> str:
+        """Names this study's parameters and data: eight hex digits, on every figure."""
+        fields = {name: value for name, value in self.preset.model_dump().items() if name not in PLACES}
+        checkpoints = {name: self._content(place) for name, place in self.preset.checkpoints.items()}
+        bases = {family: self.weights(Variant(family, "base")) for family in self.families}
+        fields |= {"families": bases, "checkpoints": checkpoints, "pairs": content_hash(self.pairs[TEXTS])}
+        return content_hash(fields)[:8]
+
+    @cached_property
+    def device(self) -> str:
+        return models.default_device() if self.preset.device == "auto" else self.preset.device
+
+    # --- pairs ------------------------------------------------------------------------------------------------------
+
+    @property
+    def tiny_world(self) -> bool:
+        return self.preset.pairs == "tinyworld"
+
+    @cached_property
+    def pairs(self) -> pd.DataFrame:
+        """All pairs with their split; tiny-world pairs carry factors and utilities."""
+        p, source = self.preset, self.preset.pairs
+        if self.tiny_world:
+            source = tinyworld.pairs(p.prompts, length_bias=p.length_bias, label_noise=p.label_noise)
+        elif local := _existing(source):
+            source = str(local)
+        loaded = preferences.load_pairs(source, limit=p.limit, max_chars=p.max_chars, on_bad=p.on_bad)
+        split = preferences.split_by_prompt(loaded, reward=p.reward_share, measure=p.measure_share, seed=p.split_seed)
+        split.attrs["report"] = loaded.attrs["report"] | ({"source": "tiny world"} if self.tiny_world else {})
+        return split
+
+    def split(self, *names: str) -> pd.DataFrame:
+        """The pairs of splits: train (methods), reward (reward model, dose checks) or measure (all measurements)."""
+        return self.pairs[self.pairs.split.isin(names)].reset_index(drop=True)
+
+    @cached_property
+    def split_hash(self) -> str:
+        return preferences.split_hash(self.pairs)
+
+    def split_key(self, *names: str) -> str:
+        return self._once("split", names, lambda: content_hash(self.split(*names)[TEXTS]))
+
+    def measured(self, family: str) -> pd.DataFrame:
+        """The measured pairs of a family: the same for all its models, whole prompts, none cut by ``max_length``."""
+        return self._once("measured", family, lambda: self._measurable(family))
+
+    def _measurable(self, family: str) -> pd.DataFrame:
+        pairs = self.split("measure")
+        pairs = pairs[self.format(family).encode_pairs(pairs).kept]
+        sizes = pairs.groupby("prompt_id", sort=False).size().cumsum()
+        pairs = pairs[pairs.prompt_id.isin(sizes.index[sizes <= self.preset.measured])].reset_index(drop=True)
+        preferences.check_folds(pairs, self.preset.folds)
+        return pairs
+
+    def encoded(self, family: str) -> preferences.Encoded:
+        """The measured pairs as token ids, formatted once."""
+        return self._once("encoded", family, lambda: self.format(family).encode_pairs(self.measured(family)))
+
+    def measured_key(self, family: str) -> str:
+        return self._once("measured key", family, lambda: content_hash(self.measured(family)[TEXTS]))
+
+    def format(self, family: str) -> preferences.Formatter:
+        """The one formatter of a family, for training and for measuring."""
+
+        def make():
+            base = self.source(Variant(family, "base")).model
+            tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=self.preset.trust_remote_code)
+            return preferences.Formatter(tokenizer, max_length=self.preset.max_length)
+
+        return self._once("format", family, make)
+
+    # --- models -----------------------------------------------------------------------------------------------------
+
+    @property
+    def families(self) -> list[str]:
+        return list(self.preset.families)
+
+    @property
+    def methods(self) -> list[str]:
+        """Methods and controls, without the base."""
+        return [*self.preset.methods, *self.preset.controls]
+
+    def variants(self, family: str | None = None, *, base: bool = True) -> list[Variant]:
+        """All models of the study (or of one family), each base first."""
+        names = [*(["base"] if base else []), *self.methods]
+        families = [family] if family else self.families
+        return [Variant(f, m, seed) for f in families for m in names for seed in self.seeds_of(f, m)]
+
+    def first_seeds(self, *, base: bool = True) -> list[Variant]:
+        """The first seed of every method and control in every family, each base first."""
+        return [v for v in self.variants(base=base) if v.seed == self.seeds_of(v.family, v.method)[0]]
+
+    def seeds_of(self, family: str, method: str) -> tuple[int, ...]:
+        """Seeds of a variant; a ready checkpoint has one."""
+        return (0,) if method in ("base", "random") or self.checkpoint(family, method) else self.preset.seeds
+
+    def checkpoint(self, family: str, method: str) -> str | None:
+        """The ready checkpoint of a variant (hub id or folder), if the preset names one."""
+        if self.preset.variants == "train" or method in ("base", "random"):
+            return None
+        found = self.preset.checkpoints.get(f"{family}:{method}") or self.preset.checkpoints.get(family)
+        return found.format(method=settings.SPELLING.get(method, method)) if found else None
+
+    @property
+    def needs_reward_model(self) -> bool:
+        """Whether a variant of this study is trained against a reward model."""
+        online = {"ppo", "grpo"} & {v.method for v in self.variants() if not self.checkpoint(v.family, v.method)}
+        return bool(online) and self.preset.reward == "model" and self.preset.variants != "load"
+
+    @property
+    def judged(self) -> bool:
+        """Whether samples can be scored at all."""
+        return self.tiny_world or self.needs_reward_model
+
+    def _content(self, place: str) -> str:
+        """What a base or checkpoint is known by: the hash of a local one's files, the id (and revision) of a hub's."""
+        local = _existing(place)
+        return self._once("content", place, lambda: content_hash(local)) if local else place
+
+    def weights(self, variant: Variant) -> str:
+        """The key of a model's weights, without making them."""
+        base = self.preset.families[variant.family]
+        if variant.method == "base":
+            return self.key("base", variant.family) if base.startswith("tiny:") else self._content(base)
+        if place := self.checkpoint(variant.family, variant.method):
+            return self._content(place)
+        return self.key("random" if variant.method == "random" else "variant", variant)
+
+    def source(self, variant: Variant) -> Source:
+        """Where a variant's weights are, after making them if need be."""
+        return self._once("source", variant, lambda: self._find_source(variant))
+
+    def _find_source(self, variant: Variant) -> Source:
+        if variant.method == "base":
+            base = self.preset.families[variant.family]
+            if base.startswith("tiny:"):
+                return Source(str(self.base(variant.family).path))
+            return Source(str(_existing(base) or base))
+        parent = self.source(variant.base).model
+        if place := self.checkpoint(variant.family, variant.method):
+            local = _existing(place)
+            if local and (local / "adapter_config.json").exists():
+                return Source(parent, str(local))
+            return Source(str(local or place))
+        made = self.get("random" if variant.method == "random" else "variant", variant)
+        return Source(parent, str(made.path))
+
+    def load(self, variant: Variant):
+        """(model, tokenizer) of a variant, an adapter merged into its base."""
+        source, remote = self.source(variant), self.preset.trust_remote_code
+        return models.load(source.model, source.adapter, device=self.device, trust_remote_code=remote)
+
+    def _shape(self, family: str) -> dict:
+        base = self.source(Variant(family, "base")).model
+        remote = self.preset.trust_remote_code
+        return self._once("shape", family, lambda: models.describe(base, trust_remote_code=remote))
+
+    def width(self, family: str) -> int:
+        """Dimensions of a family's residual stream."""
+        return self._shape(family)["d_model"]
+
+    def dictionary_layers(self, family: str) -> tuple[int, ...]:
+        """The layers at which dictionaries of a family are trained and read, the same for all its models."""
+        depth, chosen = self._shape(family)["layers"], self.preset.dictionary_layers
+        if chosen == "spread":
+            return tuple(sorted({int(depth * share) for share in (0.25, 0.5, 0.75)}))
+        settings.check_depth(chosen, depth, f"dictionary_layers ({family})")
+        return chosen
+
+    def crosscoder_layer(self, family: str) -> int:
+        """The middle one of the dictionary layers."""
+        layers = self.dictionary_layers(family)
+        return layers[len(layers) // 2]
+
+    # --- what is compared with what ---------------------------------------------------------------------------------
+
+    def comparisons(self, family: str) -> list[tuple[str, Variant, Variant]]:
+        """What crosscoders compare: (name, first, second) of every method's first seed and of the nulls.
+
+        Nulls: "self" (the base with itself), "seeds" (two seeds of one method), "random" (a random direction).
+        """
+        base, seeds = Variant(family, "base"), {m: self.seeds_of(family, m) for m in self.methods}
+        out = [(m, base, Variant(family, m, seeds[m][0])) for m in self.methods]
+        out.append(("self", base, base))
+        several = sorted((m for m in self.methods if len(seeds[m]) > 1), key=lambda m: m != "dpo")
+        if several:
+            out.append(("seeds", *[Variant(family, several[0], seed) for seed in seeds[several[0]][:2]]))
+        if self.pattern(family):
+            out.append(("random", base, Variant(family, "random")))
+        return out
+
+    def geometry_comparisons(self, family: str) -> list[tuple[str, Variant, Variant]]:
+        """What geometry compares: (name, first, second) of all variants and of the nulls "seeds" and "random"."""
+        base = Variant(family, "base")
+        out = [(v.method, base, v) for v in self.variants(family, base=False)]
+        for name, first, second in self.comparisons(family):
+            if name == "seeds":
+                out.append((name, first, second))
+            elif name == "random":
+                out += [(name, base, Variant(family, "random", draw)) for draw in range(self.preset.null_draws)]
+        return out
+
+    def pattern(self, family: str) -> Variant | None:
+        """The variant whose adapter a random direction is as large as: dpo, else the first method that has one."""
+        own = [v for v in self.first_seeds(base=False) if v.family == family]
+        own.sort(key=lambda v: v.method != "dpo")
+        return next((v for v in own if self._has_adapter(v)), None)
+
+    def _has_adapter(self, variant: Variant) -> bool:
+        place = self.checkpoint(variant.family, variant.method)
+        return not place or bool((local := _existing(place)) and (local / "adapter_config.json").exists())
+
+
+def _existing(path: str) -> Path | None:
+    """The local file or folder that a parameter names, from the working directory or the project's folder."""
+    for candidate in (Path(path).expanduser(), Path(settings.place(path))):
+        if candidate.exists():
+            return candidate.absolute()
+    if path.startswith((".", "/", "~")) or path.endswith((".jsonl", ".json", ".csv", ".parquet")):
+        raise PreferenceError(
+            f"{path} does not exist, neither from the working directory nor from the project's folder"
+        )
+    return None
+
+
+def open(preset: str = "tiny", *, progress: bool = True, **overrides) -> Study:
+    """A study by the name of its preset, any field overridden: ``study.open("tiny", seeds=[0])``."""
+    return Study(settings.resolve(preset, **overrides), progress=progress)
+
+
+def from_notebook(names: dict) -> Study:
+    """The study that a notebook's parameters describe; call it right after them (see ``settings.from_notebook``)."""
+    found = Study(settings.from_notebook(names))
+    if found.device == "cpu":
+        models.one_thread()
+    return found
