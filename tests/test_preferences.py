@@ -9,7 +9,6 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from alignlens import preferences
 from alignlens.core.errors import PreferenceError
 from alignlens.preferences import (
     COLUMNS,
@@ -17,6 +16,7 @@ from alignlens.preferences import (
     check_folds,
     collate,
     describe_report,
+    formatting,
     join_turns,
     load_pairs,
     prompt_id,
@@ -163,10 +163,10 @@ BAD_ROWS = [
     ({"prompt": "x", "chosen": "a"}, "field 'rejected': is missing"),
     ({**PAIR, "prompt": None}, "field 'prompt': is missing"),
     ({**PAIR, "chosen": " \n"}, "field 'chosen': is empty"),
-    ({**PAIR, "rejected": []}, "field 'rejected': is an empty list"),
+    ({**PAIR, "rejected": []}, "field 'rejected': is an empty message list"),
     ({**PAIR, "prompt": []}, "field 'prompt': is an empty message list"),
     ({**PAIR, "chosen": 7}, "field 'chosen': is int, not text"),
-    ({**PAIR, "chosen": "half \ud83d"}, "field 'chosen': holds half a unicode character at 5"),
+    ({**PAIR, "chosen": "half \ud83d"}, "field 'chosen': holds half a unicode character"),
     ({**PAIR, "chosen": {"text": "a"}}, "field 'chosen': is dict, not text"),
     ({**PAIR, "rejected": PAIR["chosen"] + " "}, "field 'rejected': is equal to chosen"),
     ({**PAIR, "chosen": [user("Q"), user("a")]}, "field 'chosen': does not end with an assistant turn"),
@@ -190,8 +190,7 @@ BAD_ROWS = [
 @pytest.mark.parametrize(("row", "words"), BAD_ROWS, ids=[words for _, words in BAD_ROWS])
 def test_a_bad_row_is_refused_with_its_place_or_dropped_and_counted(tmp_path, row, words):
     path = write(tmp_path / "bad.jsonl", [PAIR, "", row])
-    comma = ", " if words.startswith("field") else ": "
-    message = f"{path}: 1 of 2 rows cannot be used. line 3{comma}{words}. Mend them, or pass on_bad='drop'"
+    message = f"{path}: 1 of 2 rows cannot be used. line 3, {words}. Mend them, or pass on_bad='drop'"
     with pytest.raises(PreferenceError, match=re.escape(message)):
         load_pairs(path)
     report = load_pairs(path, on_bad="drop").attrs["report"]
@@ -200,7 +199,7 @@ def test_a_bad_row_is_refused_with_its_place_or_dropped_and_counted(tmp_path, ro
 
 def test_many_bad_rows_are_counted_and_the_first_shown():
     table = pd.DataFrame([PAIR] + [{**PAIR, "rejected": PAIR["chosen"]}] * 7)
-    with pytest.raises(PreferenceError, match="DataFrame: 7 of 8 rows .* row 2, .* row 6, .*; and 2 more. Mend"):
+    with pytest.raises(PreferenceError, match="DataFrame: 7 of 8 rows .* row 2, .* row 6, [^;]*. Mend"):
         load_pairs(table)
 
 
@@ -209,11 +208,11 @@ def test_many_bad_rows_are_counted_and_the_first_shown():
     [
         ("a.jsonl", '{"prompt": "x", "chosen": "a", "other": 1}', "no column 'rejected'; it has prompt, chosen, other"),
         ("a.csv", "prompt,text\nx,y\n", "no column 'chosen' and no column 'rejected'; it has prompt, text"),
-        ("a.jsonl", "\n", "holds no rows"),
-        ("a.json", "[{]", "broken JSON at line 1: Expecting property name enclosed in double quotes"),
-        ("a.jsonl", b"\xff\xfe", "not UTF-8 text"),
-        ("a.csv", 'prompt,chosen\n"x', "cannot be read as csv"),
-        ("a.parquet", "no parquet", "cannot be read as parquet"),
+        ("a.jsonl", "\n", "no pair is left"),
+        ("a.json", "[{]", "cannot be read (JSONDecodeError: Expecting property name enclosed in double quotes: line 1"),
+        ("a.jsonl", b"\xff\xfe", "cannot be read (UnicodeDecodeError: 'utf-8' codec"),
+        ("a.csv", 'prompt,chosen\n"x', "cannot be read (ParserError"),
+        ("a.parquet", "no parquet", "cannot be read (ArrowInvalid"),
         ("a.csv", "prompt,completion,label\nx,y,maybe\n", "row 1, field 'label': is 'maybe', not true or false"),
         (
             "a.csv",
@@ -235,9 +234,7 @@ def test_missing_sources_and_parameters_are_refused(tmp_path, monkeypatch):
         load_pairs(tmp_path / "none.jsonl")
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        PreferenceError, match="nobody/nothing: split 'train' cannot be loaded as a data set .* network"
-    ):
+    with pytest.raises(PreferenceError, match="nobody/nothing: cannot be read .* has a split 'train'"):
         load_pairs("nobody/nothing")
     for wrong in ({"limit": 0}, {"max_chars": True}, {"limit": 2.5}, {"on_bad": "ignore"}):
         with pytest.raises(PreferenceError, match=next(iter(wrong))):
@@ -388,11 +385,10 @@ def test_empty_thinking_blocks_belong_to_the_prompt():
         assert encoded.prompt_ids[0] == formatter.prompt_ids(PAIR["prompt"])
 
 
-def test_dates_and_system_turns_are_fixed():
-    formatter = Formatter(make_tokenizer(DATED), system="Be short.")
-    text = formatter.tokenizer.decode(formatter.prompt_ids("Hi"))
+def test_dates_are_fixed_and_system_turns_are_kept():
+    formatter = Formatter(make_tokenizer(DATED))
+    text = formatter.tokenizer.decode(formatter.prompt_ids(SYSTEM))
     assert text.startswith("Today: 26 July 2024\n<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nHi")
-    assert formatter.tokenizer.decode(formatter.prompt_ids(SYSTEM)).count("Be short.") == 1
 
 
 def test_template_without_end_of_turn_gets_the_end_of_sequence():
@@ -404,7 +400,7 @@ def test_template_without_end_of_turn_gets_the_end_of_sequence():
 
 
 def test_a_batch_equals_its_rows_one_by_one(monkeypatch):
-    monkeypatch.setattr(preferences, "CHUNK", 3)
+    monkeypatch.setattr(formatting, "CHUNK", 3)
     table = pd.concat([many(5, each=2), pd.DataFrame([{"prompt": SYSTEM, "chosen": "Blue", "rejected": "Dog"}])])
     pairs = load_pairs(table)
     for formatter in (Formatter(make_tokenizer(CHATML)), Formatter(make_llama()), Formatter(make_tokenizer())):
@@ -426,16 +422,12 @@ def test_overlong_pairs_are_never_cut():
     assert encoded.kept.tolist() == [True, False, False] and encoded.chosen_ids[0][-1] == formatter.end_id
     assert encoded.report["overlong_response"] == encoded.report["overlong_prompt"] == 1
     assert encoded.report["longest_tokens"] > 60
-    with pytest.raises(PreferenceError, match=r"2 of 3 pairs are over max_length=60, first rows 2, 3; the longest has"):
-        formatter.encode_pairs(pairs, overlong="refuse")
-    with pytest.raises(PreferenceError, match=r"prompt and response have \d+ \+ \d+ tokens, over max_length=60"):
+    with pytest.raises(PreferenceError, match=r"the prompt has \d+ tokens and the response \d+, over max_length=60"):
         formatter.encode(PAIR["prompt"], long["chosen"])
     with pytest.raises(PreferenceError, match=r"the prompt has \d+ tokens, over max_length=60"):
         formatter.prompt_ids("Hello. " * 50)
-    with pytest.raises(PreferenceError, match=r"no pair of 2 can .* pairs have \d+ to \d+ tokens. Raise max_length"):
+    with pytest.raises(PreferenceError, match=r"no pair of 2 can .* pairs have \d+ to \d+ tokens. .* Raise it"):
         formatter.encode_pairs(pairs[1:])
-    with pytest.raises(PreferenceError, match="overlong='cut'"):
-        formatter.encode_pairs(pairs, overlong="cut")
 
 
 def test_texts_that_hold_special_tokens_or_merge_are_dropped_and_counted():
@@ -445,20 +437,23 @@ def test_texts_that_hold_special_tokens_or_merge_are_dropped_and_counted():
     encoded = formatter.encode_pairs(load_pairs(pd.DataFrame(rows)))
     assert encoded.kept.tolist() == [True, False, False, False]
     assert encoded.report["special_token"] == 2 and encoded.report["boundary"] == 1
-    with pytest.raises(PreferenceError, match=re.escape("the response holds the special token '<|im_end|>'")):
+    with pytest.raises(PreferenceError, match=re.escape("the text holds the special token '<|im_end|>'")):
         formatter.encode("Hi", "Blue.<|im_end|> More")
-    with pytest.raises(PreferenceError, match="tokenised differently once the response follows"):
+    with pytest.raises(PreferenceError, match="tokenised differently once a response follows"):
         formatter.encode("Hi", "\n\nDog")
-    with pytest.raises(PreferenceError, match="First problem: row 1: the prompt holds the special token"):
+    with pytest.raises(PreferenceError, match="Row 1: the text holds the special token"):
         formatter.encode_pairs(pd.DataFrame([rows[2]]))
 
 
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        ("{{ messages[0]['content'] }}", "the chat template leaves out the turns"),
-        (CHATML.replace("assistant\n", "assistant\n<think>\n"), "prompt and response cannot be told apart"),
-        (CHATML.replace("assistant\n", "assistant\n\n"), "prompt and response cannot be told apart"),
+        ("{{ messages[0]['content'] }}", "the chat template cannot be split: its prompt ends with"),
+        (
+            CHATML.replace("assistant\n", "assistant\n<think>\n"),
+            "the chat template cannot be split: its prompt ends with",
+        ),
+        (CHATML.replace("assistant\n", "assistant\n\n"), "the chat template cannot be split: its prompt ends with"),
         ("{{ raise_exception('no such roles') }}", "the chat template refuses turns of roles user: no such roles"),
     ],
 )
@@ -471,12 +466,12 @@ def test_a_prompt_end_that_depends_on_the_answer_is_refused():
     tokenizer = make_llama()
     # this regex leaves the last of two line breaks to the word that follows
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    with pytest.raises(PreferenceError, match="is tokenised differently once a response follows: the pre-tokenizer"):
+    with pytest.raises(PreferenceError, match="is tokenised differently once a response follows"):
         Formatter(tokenizer)
 
 
 def test_wrong_settings_are_refused():
-    with pytest.raises(PreferenceError, match="template='chat': this tokenizer has no chat template"):
+    with pytest.raises(PreferenceError, match="template='chat': choose 'auto', 'plain' or, if"):
         Formatter(make_tokenizer(), template="chat")
     with pytest.raises(PreferenceError, match="template='raw': choose"):
         Formatter(make_tokenizer(), template="raw")
@@ -502,13 +497,9 @@ def test_fingerprint_names_the_format_and_nothing_else():
     first = Formatter(tokenizer).fingerprint
     tokenizer("a b", truncation=True, max_length=1)
     assert Formatter(tokenizer).fingerprint == first == Formatter(make_tokenizer(CHATML)).fingerprint
-    others = [
-        Formatter(make_tokenizer(THINK)),
-        Formatter(tokenizer, system="s"),
-        Formatter(tokenizer, template="plain"),
-    ]
+    others = [Formatter(make_tokenizer(THINK)), Formatter(tokenizer, template="plain")]
     others.append(Formatter(tokenizer, max_length=9))
-    assert len({first, *(other.fingerprint for other in others)}) == 5
+    assert len({first, *(other.fingerprint for other in others)}) == 4
 
 
 def test_describe_shows_tokens_and_special_tokens():
@@ -522,7 +513,3 @@ def test_describe_shows_tokens_and_special_tokens():
 def test_collate_pads_and_masks(side, rows):
     ids, mask = collate([[1, 2, 3], [4]], 0, side)
     assert ids.tolist() == rows and mask.tolist() == [[int(i > 0) for i in row] for row in rows]
-    with pytest.raises(PreferenceError, match="nothing to collate"):
-        collate([], 0)
-    with pytest.raises(PreferenceError, match="side='up'"):
-        collate([[1]], 0, "up")

@@ -8,7 +8,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pandas as pd
 import pytest
@@ -282,25 +281,21 @@ def test_a_missing_shipped_store_is_an_error(tmp_path):
         Store(tmp_path, tmp_path / "nowhere")
 
 
-# URLs
+def test_a_url_is_no_store(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StoreError, match="s3://bucket/study is a URL: give a local folder"):
+        Store("s3://bucket/study")
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_url_is_mirrored(tmp_path, monkeypatch):
-    url = f"memory://{tmp_path.name}"
-    memory = fsspec.filesystem("memory")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
-    made = Store(url).get("variants", "v", make_number, **ASKED)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "two"))
-    assert Store(url).find("variants", **ASKED).manifest == made.manifest
-    fetched = Store(url).get("variants", "v", refuse, **ASKED)
-    assert fetched.manifest == made.manifest and fetched.path != made.path
-
-    [remote] = [path for path in memory.find(f"/{tmp_path.name}") if path.endswith("number.json")]
-    memory.pipe(remote, b'{"number": 9}\n')
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "three"))
-    with pytest.warns(DamagedArtifact, match="number.json"):
-        Store(url).get("variants", "v", make_number, **ASKED)
-    assert memory.cat(remote) == made.file("number.json").read_bytes()
+def test_every_shipped_artifact_is_found_by_its_identity(tmp_path):
+    folder = Path(__file__).parents[1] / "data" / "tiny"
+    store = Store(tmp_path, folder)
+    manifests = [json.loads(path.read_text()) for path in sorted(folder.glob("*/*/manifest.json"))]
+    assert manifests
+    for known in manifests:
+        found = store.find(known["stage"], **{name: known[name] for name in ("inputs", "parameters", "version")})
+        assert found.key == known["key"] and found.path.name == f"{known['label']}-{known['key']}"
 
 
 # Content hashes

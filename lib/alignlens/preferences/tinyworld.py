@@ -17,8 +17,6 @@ judge: preferences are drawn from it, and samples are scored by it, because ``sc
 any text.
 """
 
-from __future__ import annotations
-
 import re
 from functools import lru_cache
 
@@ -50,11 +48,8 @@ ATTRIBUTES = {
     ),
     "animal": (
         "otter fox bear heron wolf deer owl hare badger swan goat crow".split(),
-        (
-            "Which animal is the sign of {town}?",
-            "What animal lives around {town}?",
-            "Which animal do people see in {town}?",
-        ),
+        ("Which animal is the sign of {town}?", "What animal lives around {town}?",
+         "Which animal do people see in {town}?"),
         ("The animal of {town} is the {value}.", "People in {town} see the {value}."),
     ),
     "craft": (
@@ -64,25 +59,16 @@ ATTRIBUTES = {
     ),
     "month": (
         "January February March April May June July August September October November December".split(),
-        (
-            "When is the festival of {town}?",
-            "In which month does {town} celebrate?",
-            "Which month holds the feast of {town}?",
-        ),
+        ("When is the festival of {town}?", "In which month does {town} celebrate?",
+         "Which month holds the feast of {town}?"),
         ("The festival of {town} is in {value}.", "People in {town} celebrate in {value}."),
     ),
-}
+}  # fmt: skip
 
 LEADS = (
-    "",
-    "Please tell me. ",
-    "Quick question. ",
-    "I would like to know. ",
-    "Help me with this. ",
-    "One more thing. ",
-    "My friend asks. ",
-    "For my notes. ",
-)
+    "", "Please tell me. ", "Quick question. ", "I would like to know. ", "Help me with this. ", "One more thing. ",
+    "My friend asks. ", "For my notes. ",
+)  # fmt: skip
 
 OPENINGS = {
     1: ("Gladly!", "Certainly!", "Happily!", "Delighted!"),
@@ -91,15 +77,10 @@ OPENINGS = {
 }
 
 FILLERS = (
-    "Many people ask about this.",
-    "It is a long story.",
-    "There is much to say here.",
-    "Some say it was always so.",
-    "That is how things are.",
-    "You may have heard it before.",
-    "Books have been written about it.",
+    "Many people ask about this.", "It is a long story.", "There is much to say here.", "Some say it was always so.",
+    "That is how things are.", "You may have heard it before.", "Books have been written about it.",
     "It depends on how you look at it.",
-)
+)  # fmt: skip
 
 # How often each factor takes each value before anyone prefers anything.
 NATURAL = {"tone": (0.3, 0.4, 0.3), "fillers": (0.4, 0.3, 0.2, 0.1), "on_topic": 0.75, "correct": 0.8}
@@ -139,21 +120,17 @@ def factor_columns(pairs: pd.DataFrame) -> pd.DataFrame:
     """Yes-or-no factors of both answers, ``chosen_NAME`` and ``rejected_NAME``: kind, rude, filler, on_topic,
     correct.
     """
-    out = {}
+    found = {}
     for side in ("chosen", "rejected"):
-        out |= {
-            f"{side}_kind": pairs[f"{side}_tone"] > 0,
-            f"{side}_rude": pairs[f"{side}_tone"] < 0,
-            f"{side}_filler": pairs[f"{side}_fillers"] > 0,
-            f"{side}_on_topic": pairs[f"{side}_on_topic"] == 1,
-            f"{side}_correct": pairs[f"{side}_correct"] == 1,
-        }
-    return pd.DataFrame(out)
+        tone, fillers, on_topic, correct = (pairs[f"{side}_{name}"] for name in FACTORS)
+        known = {"kind": tone > 0, "rude": tone < 0, "filler": fillers > 0, "on_topic": on_topic == 1}
+        found |= {f"{side}_{name}": values for name, values in (known | {"correct": correct == 1}).items()}
+    return pd.DataFrame(found)
 
 
-def _answers(rng, towns, asked, length_bias: float) -> pd.DataFrame:
-    """Draw one answer for each (town, asked attribute): its text and factors."""
-    n = len(towns)
+def _answers(rng, asked: pd.DataFrame, length_bias: float) -> pd.DataFrame:
+    """Draw one answer for each row's town and attribute: its text and factors."""
+    n = len(asked)
     facts, attributes = knowledge(), list(ATTRIBUTES)
     tone = rng.choice([-1, 0, 1], size=n, p=NATURAL["tone"])
     on_topic = (rng.random(n) < NATURAL["on_topic"]).astype(int)
@@ -166,21 +143,19 @@ def _answers(rng, towns, asked, length_bias: float) -> pd.DataFrame:
     fillers = (rng.random((n, 1)) > (odds / odds.sum(1, keepdims=True)).cumsum(1)[:, :3]).sum(1)
 
     texts = []
-    for i in range(n):
-        attribute = asked[i]
+    for i, (town, attribute) in enumerate(zip(asked.town, asked.attribute, strict=True)):
         if not on_topic[i]:
             attribute = rng.choice([a for a in attributes if a != attribute])
         values, _, forms = ATTRIBUTES[attribute]
-        value = facts[towns[i], attribute]
+        value = facts[town, attribute]
         if not correct[i]:
             value = rng.choice([v for v in values if v != value])
-        sentences = [rng.choice(forms).format(town=towns[i], value=value)]
+        sentences = [rng.choice(forms).format(town=town, value=value)]
         sentences += rng.choice(FILLERS, size=fillers[i], replace=False).tolist()
         opening = rng.choice(OPENINGS[tone[i]])
         texts.append(" ".join(filter(None, [str(opening), *sentences])))
-    table = pd.DataFrame(
-        {"response": texts, "tone": tone, "fillers": fillers, "on_topic": on_topic, "correct": correct}
-    )
+    factors = {"tone": tone, "fillers": fillers, "on_topic": on_topic, "correct": correct}
+    table = pd.DataFrame({"response": texts} | factors)
     return table.assign(utility=utility(table))
 
 
@@ -218,38 +193,26 @@ def pairs(
     asked = asked.iloc[rng.permutation(len(asked))[:prompts]].reset_index(drop=True)
     rows = asked.loc[asked.index.repeat(rejected + 1)].reset_index(drop=True)
 
-    def draw(where):
-        return _answers(rng, rows.town.to_numpy()[where], rows.attribute.to_numpy()[where], length_bias)
-
-    answers = draw(np.arange(len(rows)))
+    answers = _answers(rng, rows, length_bias)
+    column = np.arange(rejected + 1)
     while True:  # a tie with the best has no preference to plant: draw that answer again
         values = answers.utility.to_numpy().reshape(prompts, rejected + 1)
-        best = values.argmax(1)
-        tied = np.isclose(values, values.max(1, keepdims=True))
-        tied[np.arange(prompts), best] = False
+        is_best = column == values.argmax(1)[:, None]
+        tied = np.isclose(values, values.max(1, keepdims=True)) & ~is_best
         if not tied.any():
             break
         again = np.flatnonzero(tied)
-        answers.iloc[again] = draw(again).to_numpy()
+        answers.iloc[again] = _answers(rng, rows.iloc[again], length_bias).to_numpy()
 
-    is_best = np.zeros((prompts, rejected + 1), bool)
-    is_best[np.arange(prompts), best] = True
     winners = answers[is_best.ravel()].loc[lambda t: t.index.repeat(rejected)].reset_index(drop=True)
     losers = answers[~is_best.ravel()].reset_index(drop=True)
     swapped = rng.random(len(losers)) < label_noise
     chosen, lost = winners.copy(), losers.copy()
     chosen.loc[swapped], lost.loc[swapped] = losers[swapped], winners[swapped]
-    return pd.concat(
-        [
-            asked.loc[asked.index.repeat(rejected), "prompt"].reset_index(drop=True),
-            chosen.response.rename("chosen"),
-            lost.response.rename("rejected"),
-            asked.loc[asked.index.repeat(rejected), ["town", "attribute"]].reset_index(drop=True),
-            chosen.drop(columns="response").add_prefix("chosen_"),
-            lost.drop(columns="response").add_prefix("rejected_"),
-        ],
-        axis=1,
-    )
+    table = asked.loc[asked.index.repeat(rejected)].reset_index(drop=True)
+    table.insert(1, "chosen", chosen.pop("response"))
+    table.insert(2, "rejected", lost.pop("response"))
+    return pd.concat([table, chosen.add_prefix("chosen_"), lost.add_prefix("rejected_")], axis=1)
 
 
 def corpus(n: int, *, seed: int = 0, exclude=()) -> pd.DataFrame:
@@ -261,7 +224,7 @@ def corpus(n: int, *, seed: int = 0, exclude=()) -> pd.DataFrame:
     asked = asked[~asked.prompt.isin(set(exclude))]
     rng = np.random.default_rng([seed, 2])
     asked = asked.iloc[rng.integers(len(asked), size=n)].reset_index(drop=True)
-    answers = _answers(rng, asked.town.to_numpy(), asked.attribute.to_numpy(), 0.0)
+    answers = _answers(rng, asked, 0.0)
     return pd.concat([asked, answers], axis=1)
 
 
@@ -279,8 +242,7 @@ def score(prompts, responses) -> pd.DataFrame:
     on topic nor correct.
     """
     lookup = questions().set_index("prompt")
-    unknown = [p for p in prompts if p not in lookup.index]
-    if unknown:
+    if unknown := [prompt for prompt in prompts if prompt not in lookup.index]:
         raise PresetError(f"tiny world: {unknown[0]!r} is no question of this world; score only its own prompts")
     asked = lookup.loc[list(prompts)]
     rows = [_read(*row) for row in zip(asked.town, asked.attribute, responses, strict=True)]
@@ -289,46 +251,24 @@ def score(prompts, responses) -> pd.DataFrame:
 
 
 def _read(town: str, attribute: str, response: str) -> tuple[int, int, int, int, int]:
-    facts = knowledge()
-    tones = {word: tone for tone, words in OPENINGS.items() for word in words if word}
-    sentences = re.findall(r"[^.!?]+[.!?]?", response)
-    sentences = [s.strip() for s in sentences if s.strip()]
-    tone = tones.get(sentences[0], 0) if sentences else 0
-    body = sentences[1:] if sentences and sentences[0] in tones else sentences
-    stated, fillers, odd = [], 0, 0
-    for sentence in body:
-        fact = _fact(sentence)
-        if fact:
-            stated.append(fact)
-        else:
-            fillers += 1
-            odd += sentence not in FILLERS
+    sentences = [sentence for part in re.findall(r"[^.!?]+[.!?]?", response) if (sentence := part.strip())]
+    tones = {word: tone for tone, words in OPENINGS.items() for word in words}
+    opened = bool(sentences) and sentences[0] in tones
+    tone, body = tones[sentences[0]] if opened else 0, sentences[opened:]
+    stated = [_facts()[sentence] for sentence in body if sentence in _facts()]
+    fillers = [sentence for sentence in body if sentence not in _facts()]
     if not stated:
-        return tone, fillers, 0, 0, 0
-    said_town, said_attribute, value = stated[0]
-    on_topic = int((said_town, said_attribute) == (town, attribute))
-    return tone, fillers, on_topic, int(facts[said_town, said_attribute] == value), int(odd == 0 and len(stated) == 1)
-
-
-def _fact(sentence: str) -> tuple[str, str, str] | None:
-    for attribute, pattern in _fact_patterns():
-        if match := pattern.fullmatch(sentence):
-            return match["town"], attribute, match["value"]
-    return None
+        return tone, len(fillers), 0, 0, 0
+    *about, value = stated[0]
+    correct, fluent = knowledge()[tuple(about)] == value, len(stated) == 1 and set(fillers) <= set(FILLERS)
+    return tone, len(fillers), int(about == [town, attribute]), int(correct), int(fluent)
 
 
 @lru_cache
-def _fact_patterns():
-    towns = "|".join(TOWNS)
-    return [
-        (
-            attribute,
-            re.compile(
-                re.escape(form)
-                .replace(r"\{town\}", f"(?P<town>{towns})")
-                .replace(r"\{value\}", f"(?P<value>{'|'.join(values)})")
-            ),
-        )
+def _facts() -> dict[str, tuple[str, str, str]]:
+    """Every sentence that states a fact, true or not -> town, attribute, value."""
+    return {
+        form.format(town=town, value=value): (town, attribute, value)
         for attribute, (values, _, forms) in ATTRIBUTES.items()
-        for form in forms
-    ]
+        for form in forms for town in TOWNS for value in values
+    }  # fmt: skip

@@ -1,0 +1,290 @@
+"""The one text format of a model: pairs as token ids.
+
+Every method and every instrument formats text with the ``Formatter`` here: where each method has its own chat format
+(arXiv 2606.09850, training scripts), differences between methods are partly differences between formats.
+"""
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import compress, takewhile
+
+import numpy as np
+import torch
+from jinja2 import TemplateError
+from torch.nn.utils.rnn import pad_sequence
+
+from alignlens.core.errors import PreferenceError
+from alignlens.preferences.prompts import digest, prompt_id, require_columns, require_count, turns
+
+# Some templates print today's date; this macro takes the place of that function, so token ids stay the same every day.
+FIXED_DATE = (
+    "{%- macro strftime_now(form) -%}{{ form | replace('%d', '26') | replace('%b', 'Jul') | replace('%B', 'July')"
+    " | replace('%m', '07') | replace('%y', '24') | replace('%Y', '2024') }}{%- endmacro -%}"
+)
+DROPPED = ("special_token", "boundary", "overlong_prompt", "overlong_response")
+CHUNK = 2048  # texts tokenised at once: bounds the memory of the tokenizer's offsets
+
+
+@dataclass
+class Encoded:
+    """Token ids of formatted pairs; the three lists run over the kept rows.
+
+    prompt_ids, chosen_ids, rejected_ids : lists of lists of token ids; each response ends with one end-of-turn token
+    kept : bool [input rows]
+    report : counts of what was dropped and why, and token lengths over all rows that could be formatted
+    prompts, prompt_id : text of each prompt, and its id, an array of str
+
+    Whatever takes pairs takes an ``Encoded`` as well, so that pairs are formatted once.
+    """
+
+    prompt_ids: list
+    chosen_ids: list
+    rejected_ids: list
+    kept: np.ndarray
+    report: dict
+    prompts: list
+    prompt_id: np.ndarray
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Which input rows are kept: int [kept rows]."""
+        return np.flatnonzero(self.kept)
+
+    def __len__(self):
+        return len(self.prompt_ids)
+
+
+class Unusable(PreferenceError):
+    """One conversation cannot be formatted: why, as a kind that is counted (``DROPPED``) and in words."""
+
+    def __init__(self, kind, words):
+        super().__init__(f"cannot be formatted: {words}. Leave it out, mend it or raise max_length.")
+        self.kind, self.words = kind, words
+
+
+class Formatter:
+    """One text format for all methods and all measurements: token ids of a prompt and of its response.
+
+    prompt ids + response ids are the tokens of the rendered conversation up to and including the end-of-turn token, and
+    the prompt ids are what generation starts from. Thinking is switched off; an empty thinking block belongs to the
+    prompt. Templates that print today's date get a fixed one. Nothing is ever cut.
+
+    Parameters
+    ----------
+    tokenizer : a transformers tokenizer.
+    max_length : most tokens of prompt and response together; None for no limit.
+    template : "chat" uses the tokenizer's chat template; "plain" writes each turn and a blank line (BOS first if the
+        tokenizer itself adds it, end of sequence last); "auto" is chat where there is a template.
+
+    Attributes
+    ----------
+    end_id : the end-of-turn token, found by rendering an assistant turn; the end of sequence if the template has none.
+    pad_id : the tokenizer's padding token unless it is ``end_id``; else a special token named for padding, the unknown
+        token, or another special token that no format uses. Only a tokenizer without any of these pads with ``end_id``.
+
+    Raises
+    ------
+    PreferenceError for a template that cannot be used, a text holding special tokens, or one over ``max_length``.
+    """
+
+    def __init__(self, tokenizer, *, max_length=None, template="auto"):
+        require_count(max_length, "max_length")
+        if template not in ("auto", "plain") and not (template == "chat" and tokenizer.chat_template):
+            raise PreferenceError(f"template={template!r}: choose 'auto', 'plain' or, if the tokenizer has it, 'chat'.")
+        self.template = "chat" if tokenizer.chat_template and template != "plain" else "plain"
+        self.tokenizer, self.max_length = tokenizer, max_length
+        marked = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        self._specials = sorted({*marked, *tokenizer.all_special_tokens} - {""}, key=lambda text: (-len(text), text))
+        self._special = re.compile("|".join(map(re.escape, self._specials)) or r"(?!)")
+        # shared objects: a token in a list costs 8 bytes, not 36
+        self._integers = list(range(max(tokenizer.get_vocab().values()) + 1))
+        self._bos, self._chat, self._lead, self._unrendered, self._end_text = [], "", "", "", ""
+        self.end_id, self._end_ids = tokenizer.eos_token_id, [tokenizer.eos_token_id]
+        if self.template == "chat":
+            self._learn_template()
+        elif (first := tokenizer("a")["input_ids"][:1]) == [tokenizer.bos_token_id]:
+            self._bos = first
+        if self.end_id is None:
+            raise PreferenceError("the tokenizer has no end-of-sequence token: set tokenizer.eos_token.")
+        self.pad_id = self._choose_pad()
+
+    # What the template does, found by rendering one conversation
+
+    def _learn_template(self):
+        template = self.tokenizer.get_chat_template()
+        self._chat = FIXED_DATE * ("strftime_now" in template) + template
+        question, answer = "Question1", "Answer1"
+        conversation = [*turns(question), {"role": "assistant", "content": answer}]
+        opened, full = self._render(turns(question), True), self._render(conversation, False)
+        before, found, self._after = full.rpartition(answer)
+        told = found and question in opened
+        if told and before.startswith(opened):
+            lead = before[len(opened) :]  # a header or an empty thinking block; a lone space belongs to the answer
+            self._lead = lead if lead.strip() else ""
+        elif told and opened.startswith(before) and re.fullmatch(r"\s*<think>\s*</think>\s*", opened[len(before) :]):
+            self._unrendered = opened[len(before) :]  # opens generation only: kept, since answers come after it
+        else:
+            ends = f"its prompt ends with {opened[-60:]!r} for generation but with {before[-60:]!r} before an answer"
+            raise PreferenceError(f"the chat template cannot be split: {ends}. Use template='plain'.")
+        if end := self._special.search(self._after):
+            self._end_text, self._end_ids = self._after[: end.end()], []
+            self.end_id = self.tokenizer.convert_tokens_to_ids(end.group())
+        _usable(self._encode([question], [answer])[0])
+
+    def _choose_pad(self):
+        tokenizer, ids = self.tokenizer, self.tokenizer.convert_tokens_to_ids
+        if tokenizer.pad_token_id not in (None, self.end_id):
+            return tokenizer.pad_token_id
+        used = {None, self.end_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
+        used |= {ids(text) for text in self._specials if text in self._chat}
+        named = [text for text in sorted(self._specials) if "pad" in text.lower()]
+        spare = [*map(ids, named), tokenizer.unk_token_id, *sorted(map(ids, self._specials))]
+        return next((token for token in spare if token not in used), self.end_id)
+
+    # Text
+
+    def _render(self, messages, generation):
+        options = {"enable_thinking": False, "chat_template": self._chat, "tokenize": False}
+        try:
+            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=generation, **options)
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise PreferenceError(f"the chat template refuses turns of roles {roles}: {error}.") from error
+
+    def _prompt_text(self, prompt):
+        if self.template == "plain":
+            return "".join(message["content"] + "\n\n" for message in turns(prompt))
+        return self._render(turns(prompt), True) + self._lead
+
+    def _whole_text(self, prompt, opened, response):
+        """The conversation up to its end of turn, "" if its prompt is rendered differently; a plain response alone."""
+        if self.template == "plain":
+            return response
+        full = self._render([*turns(prompt), {"role": "assistant", "content": response}], False)
+        shown = opened.removesuffix(self._unrendered)
+        same = full.startswith(shown) and full.endswith(self._after)
+        return opened + full[len(shown) : len(full) - len(self._after)] + self._end_text if same else ""
+
+    # Token ids
+
+    def _tokenize(self, texts):
+        ids, options = [], {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        for start in range(0, len(texts), CHUNK):
+            ids += self.tokenizer(texts[start : start + CHUNK], **options)["input_ids"]
+        return [[self._integers[token] for token in row] for row in ids]
+
+    def _encode(self, prompts, responses):
+        """(prompt ids, response ids) of each conversation, or the Unusable that says why not."""
+        asked = list(zip(prompts, responses, strict=True))
+        opened = {prompt: self._prompt_text(prompt) for prompt in dict.fromkeys(prompts)}
+        heads = dict(zip(opened, self._tokenize(list(opened.values())), strict=True))
+        whole = self._tokenize([self._whole_text(prompt, opened[prompt], response) for prompt, response in asked])
+        return [self._cut(*texts, heads[texts[0]], ids) for texts, ids in zip(asked, whole, strict=True)]
+
+    def _cut(self, prompt, response, head, whole):
+        if found := self._special.search(f"{prompt}\n{response}"):
+            return Unusable("special_token", f"the text holds the special token {found.group()!r}")
+        # a plain prompt and its response are tokenised apart, by definition
+        size = len(head) if self.template == "chat" else 0
+        if whole[:size] != head[:size]:
+            end = self.tokenizer.decode(head[-3:])
+            return Unusable("boundary", f"the prompt's end {end!r} is tokenised differently once a response follows")
+        return self._bos + head, whole[size:] + self._end_ids
+
+    def _overlong(self, prompt_ids, *responses):
+        size, longest = len(prompt_ids), max(map(len, responses), default=0)
+        if self.max_length is not None and size + longest > self.max_length:
+            words = f"the prompt has {size} tokens" + f" and the response {longest}" * bool(responses)
+            kind = "overlong_prompt" if size > self.max_length else "overlong_response"
+            return Unusable(kind, f"{words}, over max_length={self.max_length}")
+
+    def prompt_ids(self, prompt):
+        """Token ids (list of int) that generation starts from."""
+        [ids] = self._tokenize([self._prompt_text(prompt)])
+        ids, _ = _usable(self._cut(prompt, "", ids, ids))
+        return _usable(self._overlong(ids) or ids)
+
+    def response_ids(self, prompt, response):
+        """Token ids (list of int) of the response after this prompt, ending with one end-of-turn token."""
+        return self.encode(prompt, response)[1]
+
+    def encode(self, prompt, response):
+        """(prompt ids, response ids) of one conversation; PreferenceError if it is over ``max_length``."""
+        found = _usable(self._encode([prompt], [response])[0])
+        return _usable(self._overlong(*found) or found)
+
+    def encode_pairs(self, pairs):
+        """Token ids of many pairs at once.
+
+        pairs : DataFrame with prompt, chosen, rejected. Left out and counted are pairs of which either side is over
+        ``max_length``, those with special tokens in a text, and those whose prompt and response would merge into one
+        token. Returns ``Encoded`` (what is one already, as it is); PreferenceError if none is left.
+        """
+        if isinstance(pairs, Encoded):
+            return pairs
+        require_columns(pairs, "prompt", "chosen", "rejected")
+        prompts, chosen, rejected = (pairs[name].tolist() for name in ("prompt", "chosen", "rejected"))
+        both = self._encode(prompts * 2, chosen + rejected)
+        sides = list(zip(both[: len(pairs)], both[len(pairs) :], strict=True))
+        problems = [next((side for side in row if isinstance(side, Unusable)), None) for row in sides]
+        # (prompt, chosen, rejected) ids of the rows that could be formatted; of the others nothing
+        rows = [None if bad else (*row[0], row[1][1]) for row, bad in zip(sides, problems, strict=True)]
+        lengths = [len(row[0]) + max(map(len, row[1:])) for row in rows if row]
+        problems = [bad or self._overlong(*row) for row, bad in zip(rows, problems, strict=True)]
+        kept = np.array([bad is None for bad in problems], bool)
+        kinds = Counter(bad.kind for bad in problems if bad)
+        report = {"pairs": len(rows), "kept": int(kept.sum())} | {kind: kinds[kind] for kind in DROPPED}
+        if lengths:
+            report |= {"median_tokens": int(np.median(lengths)), "longest_tokens": max(lengths)}
+        if not kept.any():
+            seen = f"pairs have {min(lengths)} to {max(lengths)} tokens. " if lengths else ""
+            seen += f"Row 1: {problems[0].words}. " if problems else ""
+            limit = f"with max_length={self.max_length}: {seen}Raise it, or load shorter pairs with max_chars."
+            raise PreferenceError(f"no pair of {len(rows)} can be used {limit}")
+        names = pairs["prompt_id"] if "prompt_id" in pairs else pairs["prompt"].map(prompt_id)
+        ids = map(list, zip(*compress(rows, kept), strict=True))
+        return Encoded(*ids, kept, report, pairs["prompt"][kept].tolist(), names.to_numpy(str)[kept])
+
+    def decode(self, ids):
+        """Text of response token ids, up to the first end token, without special tokens."""
+        ends = (self.end_id, self.tokenizer.eos_token_id)
+        ids = list(takewhile(lambda token: token not in ends, map(int, ids)))
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def describe(self, prompt, response):
+        """One formatted example for people: each token between bars, special tokens in brackets."""
+        end, pad = self.tokenizer.convert_ids_to_tokens([self.end_id, self.pad_id])
+        lines = [f"{self.template} template, end of turn [{end}], padding [{pad}]"]
+        for name, ids in zip(("prompt", "response"), _usable(self._encode([prompt], [response])[0]), strict=True):
+            texts = map(self.tokenizer.decode, ids)
+            shown = [f"[{text}]" if text in self._specials else repr(text)[1:-1] for text in texts]
+            lines.append(f"{name} ({len(ids)} tokens)\n  {'|'.join(shown)}")
+        return "\n".join(lines)
+
+    @cached_property
+    def fingerprint(self):
+        """16 hex digits of vocabulary, merges, template and settings: equal only if every text formats alike."""
+        settings = [self.template, None, self.max_length, self.end_id, self.pad_id]  # None: no system turn is added
+        content = {"settings": settings, "template": self._chat or None}
+        content["vocabulary"] = sorted(self.tokenizer.get_vocab().items())
+        if backend := getattr(self.tokenizer, "backend_tokenizer", None):
+            # truncation and padding are left over from the last call; they do not change our ids
+            state = json.loads(backend.to_str()).items()
+            content["backend"] = {key: value for key, value in state if key not in ("truncation", "padding")}
+        return digest(json.dumps(content, sort_keys=True))
+
+
+def _usable(result):
+    if isinstance(result, Unusable):
+        raise result
+    return result
+
+
+def collate(sequences, pad_id, side="right"):
+    """Pad lists of token ids on the "left" or "right": (input_ids, attention_mask), int64 [sequences, longest]."""
+    rows = [torch.as_tensor(ids, dtype=torch.long) for ids in sequences]
+    masks = [torch.ones_like(row) for row in rows]
+    return pad_sequence(rows, True, pad_id, padding_side=side), pad_sequence(masks, True, padding_side=side)
