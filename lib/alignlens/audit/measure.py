@@ -95,8 +95,8 @@ class Audit:
 
     def estimate(self) -> str:
         """Memory from the number of parameters, time from a measured rate on a few pairs."""
-        size, d_model = self.base.facts["parameters"] * self.base.model.dtype.itemsize, self.base.facts["d_model"]
-        streams = 2 * 2 * d_model * (4 * len(self.pairs) * len(self.layers) + min(self.answer_tokens, MOST_TOKENS))
+        size, width = self.base.facts["parameters"] * self.base.model.dtype.itemsize / 1e9, self.base.facts["d_model"]
+        streams = 4e-9 * width * (4 * len(self.pairs) * len(self.layers) + min(self.answer_tokens, MOST_TOKENS))
         few = requests.subset(self.encoded, np.unique(np.linspace(0, len(self.pairs) - 1, 8).astype(int)))
         words, options = (self.base.model, few.prompt_ids, few.chosen_ids), {"batch_size": self.batch_size}
         score = partial(models.response_logprobs, *words, pad_id=self.format.pad_id, **options)
@@ -105,7 +105,7 @@ class Audit:
         repeats = 4 * (1 + causal.LEAST_RANDOM) + len(self.layers) + 3
         passes = 2 * 2 * 3 * len(self.pairs) + 2 * repeats * min(self.causal_pairs, len(self.pairs) // 2)
         return (
-            f"memory: 3 copies of {size / 1e9:.3g} GB while bridges are checked, then 2; streams {streams / 1e9:.3g} GB\n"
+            f"memory: 3 copies of {size:.3g} GB while bridges are checked, then 2, and {streams:.3g} GB of streams\n"
             f"time: {1 / rate:.3g} answers a second, about {passes:,} passes: {passes * rate / 60:.1f} minutes, and as "
             "much again for sampling, probes and dictionaries"
         )

@@ -184,15 +184,13 @@ def _public(source: str) -> str:
 
 
 def _check_same_shape(base: Side, aligned: Side) -> None:
-    facts = [
+    one, other = (
         {"the model": side.facts["architecture"]}
         | {f"weight {name}": tuple(weight.shape) for name, weight in side.model.state_dict().items()}
         for side in (base, aligned)
-    ]
-    for name in facts[0] | facts[1]:
-        one, other = (found.get(name) for found in facts)
-        if one != other:
-            raise AuditError(f"{name} is {one} in the base and {other} in the aligned model: {GIVE}")
+    )
+    for name in (name for name in one | other if one.get(name) != other.get(name)):
+        raise AuditError(f"{name} is {one.get(name)} in the base and {other.get(name)} in the aligned model: {GIVE}")
 
 
 # --- Pairs ------------------------------------------------------------------------------------------------------------

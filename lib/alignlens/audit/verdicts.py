@@ -1,4 +1,4 @@
-"""What an audit's numbers say, by fixed rules: verdict, findings, one sentence a section, warnings.
+"""What an audit's numbers say, by fixed rules: findings, verdict, warnings.
 
 What lies within noise is said to; "preserved" is said only of changes whose whole interval is small.
 """
