@@ -21,12 +21,11 @@ from transformers import (
     SmolLM3Config,
 )
 
-from alignlens import models
-from alignlens.audit import measure as audit
-from alignlens.audit import page as report
-from alignlens.audit import request as audit_inputs
+from alignlens import audit, behavior, models
+from alignlens.audit import features
+from alignlens.audit.numbers import beyond, detectable, mean, number, preserved
 from alignlens.core.errors import AlignlensError
-from alignlens.preferences import tinyworld
+from alignlens.preferences import Formatter, tinyworld
 
 ROOT = Path(__file__).parents[1]
 FAST = {
@@ -105,7 +104,7 @@ def aligned(base, tmp_path_factory) -> Path:
 
 def ask(base, aligned="", **options) -> audit.Audit:
     words = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
-    return audit.Audit(audit_inputs.request(base=str(base), aligned=str(aligned), **(FAST | words)))
+    return audit.Audit(audit.request(base=str(base), aligned=str(aligned), **(FAST | words)))
 
 
 def numbers(value):
@@ -129,7 +128,7 @@ def test_every_architecture_is_audited(family, pairs, tmp_path):
     assert [result[name]["status"] for name in audit.SECTIONS] == ["measured"] * 4 + ["not measured", "measured"]
     assert "response tokens" in result["latents"]["reason"]
     kl = result["behaviour"]["numbers"]["kl"]
-    assert audit.beyond(kl) and kl["value"] > 100 * kl["floor"]
+    assert beyond(kl) and kl["value"] > 100 * kl["floor"]
     assert [row["layer"] for row in result["change"]["layers"]] == list(range(LAYERS))
 
 
@@ -150,10 +149,10 @@ def test_half_precision_is_measured(base, aligned, pairs, monkeypatch):
         model, tokenizer = load(*args, **options)
         return model.bfloat16(), tokenizer
 
-    monkeypatch.setattr(audit.models, "load", narrow)
+    monkeypatch.setattr(models, "load", narrow)
     found = ask(base, aligned, pairs=pairs)
     assert found.base.facts["dtype"] == "bfloat16"
-    assert audit.beyond(found.section("behaviour")["numbers"]["kl"])
+    assert beyond(found.section("behaviour")["numbers"]["kl"])
     assert found.section("causal")["status"] == found.section("change")["status"] == "measured"
 
 
@@ -185,17 +184,17 @@ def result(base, aligned, pairs) -> dict:
 def nothing(base, pairs) -> dict:
     """The base with itself, with latents."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(audit, "LEAST_TOKENS", 100)
+        patch.setattr(features, "LEAST_TOKENS", 100)
         return ask(base, base, pairs=pairs).result()
 
 
 def test_the_base_with_itself_shows_nothing(nothing):
     assert nothing["models"]["identical"]
-    found = report.findings(nothing)
+    found = audit.findings(nothing)
     assert not found["beyond"] and len(found["within"]) >= 12
     assert nothing["latents"]["status"] == "measured" and not nothing["latents"]["top"]
-    for number in numbers({name: nothing[name] for name in ("weights", "behaviour")}):
-        assert not audit.beyond(number) or number["unit"] == "tokens"
+    for x in numbers({name: nothing[name] for name in ("weights", "behaviour")}):
+        assert not beyond(x) or x["unit"] == "tokens"
     assert nothing["causal"]["patching"]["reason"]
 
 
@@ -208,11 +207,16 @@ def test_every_number_has_its_interval_and_floor(result):
         assert x["low"] <= x["value"] * (1 + 1e-9) + 1e-9 and x["value"] <= x["high"] + 1e-9 + 1e-9 * abs(x["value"]), x
 
 
-def test_the_same_request_gives_the_same_bytes(base, aligned, pairs, result, tmp_path):
+def test_the_same_request_gives_the_same_bytes(base, aligned, pairs, result, tmp_path, monkeypatch):
+    """And the pairs are formatted once by each tokenizer."""
+    formatted, encode = [], Formatter.encode_pairs
+    counted = lambda self, given, **o: formatted.append(type(given)) or encode(self, given, **o)  # noqa: E731
+    monkeypatch.setattr(Formatter, "encode_pairs", counted)
     for name, one in (("a", result), ("b", ask(base, aligned, pairs=pairs).result())):
-        report.write(one, tmp_path / name)
+        audit.write(one, tmp_path / name)
     for file in ("audit.json", "audit.html"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    assert formatted.count(pd.DataFrame) == 2
 
 
 def test_a_report_names_no_folder_of_this_machine(result, pairs):
@@ -221,49 +225,47 @@ def test_a_report_names_no_folder_of_this_machine(result, pairs):
 
 def test_a_planted_shift_of_chosen_answers_is_found(pairs, base, aligned, monkeypatch):
     """log p of chosen answers raised by exactly 2 nats: margin 2, accuracy 1, chosen shift 2, rejected shift 0."""
-    measure = audit.behavior.measure
+    measure = behavior.measure
 
     def planted(model, *args, reference=None, **options):
         table = measure(model, *args, reference=reference, **options)
         table["chosen_logprob"], table["rejected_logprob"] = (2.0 if reference is not None else 0.0), 0.0
         return table
 
-    monkeypatch.setattr(audit.behavior, "measure", planted)
+    monkeypatch.setattr(behavior, "measure", planted)
     found = ask(base, aligned, pairs=pairs).section("behaviour")["numbers"]
     assert {n: found[n]["value"] for n in ("margin", "accuracy", "chosen_shift", "rejected_shift")} == {
         "margin": 2, "accuracy": 1, "chosen_shift": 2, "rejected_shift": 0,
     }  # fmt: skip
-    assert audit.beyond(found["margin"]) and not audit.beyond(found["rejected_shift"])
+    assert beyond(found["margin"]) and not beyond(found["rejected_shift"])
 
 
 def test_the_floor_of_a_mean_is_reached_by_noise_in_five_of_a_hundred():
     rng = np.random.default_rng(0)
-    hits = [audit.beyond(audit._mean(rng.normal(size=60), np.arange(60), seed=i, draws=400)) for i in range(300)]
+    hits = [beyond(mean(rng.normal(size=60), np.arange(60), seed=i)) for i in range(300)]
     assert 0.01 < np.mean(hits) < 0.11
 
 
 def test_power_is_what_repeated_experiments_find():
     """A change as large as the smallest detectable one is seen in about 80 of 100 repetitions."""
     rng = np.random.default_rng(1)
-    size = audit.detectable(audit._mean(rng.normal(size=200), np.arange(200)))
-    seen = [
-        audit._mean(rng.normal(size, 1, size=200), np.arange(200), draws=400, seed=i)["low"] > 0 for i in range(200)
-    ]
+    size = detectable(mean(rng.normal(size=200), np.arange(200)))
+    seen = [mean(rng.normal(size, 1, size=200), np.arange(200), seed=i)["low"] > 0 for i in range(200)]
     assert 0.68 < np.mean(seen) < 0.92
 
 
 def test_preserved_needs_the_whole_interval_within_the_margin():
-    inside = audit.number(0.0, -0.02, 0.019)
-    assert audit.preserved(inside)
-    assert not audit.preserved(audit.number(0.0, -0.021, 0.01))
-    assert not audit.preserved(audit.number(0.0))
+    inside = number(0.0, -0.02, 0.019)
+    assert preserved(inside)
+    assert not preserved(number(0.0, -0.021, 0.01))
+    assert not preserved(number(0.0))
 
 
 def test_repeated_prompts_count_once():
     """Ten copies of every value: the interval does not shrink."""
     values = np.random.default_rng(2).normal(size=50)
-    one = audit._mean(values, np.arange(50))
-    ten = audit._mean(np.repeat(values, 10), np.repeat(np.arange(50), 10))
+    one = mean(values, np.arange(50))
+    ten = mean(np.repeat(values, 10), np.repeat(np.arange(50), 10))
     assert ten["high"] - ten["low"] == pytest.approx(one["high"] - one["low"], rel=1e-6)
 
 
@@ -344,7 +346,8 @@ def test_an_architecture_without_a_bridge(pairs, tmp_path):
 
 
 def test_models_that_do_not_belong_together(base, pairs, tmp_path):
-    refuses("is a Qwen3ForCausalLM, the base", base, checkpoint(tmp_path / "qwen", "qwen3"), pairs=pairs)
+    qwen = checkpoint(tmp_path / "qwen", "qwen3")
+    refuses("the model is LlamaForCausalLM in the base and Qwen3ForCausalLM in the aligned", base, qwen, pairs=pairs)
     other = checkpoint(tmp_path / "other", "llama")
     tokenizer(chat=True, bos=True, words="zebras quietly juggle vexing onyx boxes").save_pretrained(other)
     refuses("tokenizers differ in", base, other, pairs=pairs)
@@ -353,7 +356,7 @@ def test_models_that_do_not_belong_together(base, pairs, tmp_path):
         model.resize_token_embeddings(len(AutoTokenizer.from_pretrained(base)) + 8, mean_resizing=False)
         model.save_pretrained(tmp_path / "wider")
         AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "wider")
-    refuses("token embeddings", base, tmp_path / "wider", pairs=pairs)
+    refuses("weight model.embed_tokens.weight is", base, tmp_path / "wider", pairs=pairs)
 
 
 def test_pairs_that_cannot_be_used(base, aligned, pairs, tmp_path):
@@ -375,6 +378,8 @@ def test_pairs_that_cannot_be_used(base, aligned, pairs, tmp_path):
     [
         ({"layres": 3}, "'layres' is unknown; did you mean 'layers'"),
         ({"layers": "first"}, "layers is 'first'"),
+        ({"layers": -1}, "layers is -1"),
+        ({"trust_remote_code": "yes"}, "trust_remote_code is 'yes'"),
         ({"limit": 0}, "limit is 0"),
         ({"limit": "many"}, "limit is 'many'"),
         ({"device": "tpu"}, "device is 'tpu'"),
@@ -386,7 +391,7 @@ def test_pairs_that_cannot_be_used(base, aligned, pairs, tmp_path):
 )  # fmt: skip
 def test_parameters_that_cannot_be_used(options, words):
     with pytest.raises(AlignlensError, match=words.replace("(", r"\(")):
-        audit_inputs.from_notebook({"base": "a", "aligned": "b"} | options)
+        audit.from_notebook({"base": "a", "aligned": "b"} | options)
 
 
 def test_layers_beyond_the_model(base, aligned, pairs):

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from alignlens.audit import measure as audit
-from alignlens.audit import page as report
-from alignlens.audit import request as audit_inputs
-from alignlens.audit.measure import number
+from alignlens import audit
+from alignlens.audit import verdicts
+from alignlens.audit.numbers import beyond, number
+from alignlens.audit.page import comparison, render
 from alignlens.core.errors import AlignlensError
 
 ROOT = Path(__file__).parents[1]
@@ -50,9 +50,12 @@ def made(**changes) -> dict:
     parts = {"kept": 0.15, "rotated": 0.05, "rotated_repaired": 0.0, "attenuated": 0.0, "created": 0.0, "gap": 0.05,
              "repair": 0.0, "rotation": 9.0, "scale": 1.0, "cka": 0.9, "direction": 0.8}  # fmt: skip
     rows = [{"layer": i, "verdict": "rotated"} | {n: change(v) for n, v in parts.items()} for i in range(LAYERS)]
-    labels = {name: number(0.0, 0.0, 0.01, floor=0.0, unit="share") for name in
+    labels = {name: number(0.0, 0.0, 0.01, floor=0.0, unit="share of live latents") for name in
               ("base_only", "aligned_only", "shared_attenuated")}  # fmt: skip
-    labels |= {"shared_same": number(0.7, 0.65, 0.75, floor=1.0), "shared_rotated": number(0.3, 0.25, 0.35, floor=0.0)}
+    labels |= {
+        "shared_same": number(0.7, 0.65, 0.75, floor=1.0, unit="share of live latents"),
+        "shared_rotated": number(0.3, 0.25, 0.35, floor=0.0, unit="share of live latents"),
+    }
     latent = {
         "latent": 3, "label": "shared_rotated", "change": number(0.1, 0.09, 0.11, floor=0.01), "degrees": 40.0,
         "ratio": 1.1, "density": 0.02, "effect": change(0.1), "examples": [["before ", "<b>token</b>", " after"]],
@@ -96,7 +99,7 @@ def made(**changes) -> dict:
 
 
 def said(result: dict) -> dict[str, str]:
-    return {line["title"]: line["text"].replace("\u00a0", " ") for line in report.verdict(result)}
+    return {line["title"]: line["text"].replace("\u00a0", " ") for line in audit.verdict(result)}
 
 
 class Links(HTMLParser):
@@ -122,7 +125,7 @@ class Links(HTMLParser):
 
 
 def test_the_page_is_one_file_without_scripts_and_without_requests():
-    text = report.page(made())
+    text = render(made())
     page = Links(text)
     assert page.fetched and all(link.startswith("data:image/svg+xml;base64,") for link in page.fetched)
     assert not {"script", "iframe", "link", "object"} & set(page.tags)
@@ -133,24 +136,30 @@ def test_the_page_is_one_file_without_scripts_and_without_requests():
 
 
 def test_every_figure_has_a_description_and_a_reading():
-    text = report.page(made())
+    text = render(made())
     page = Links(text)
     assert page.tags.count("img") == 7 and not page.mute
     assert text.count("<figcaption>") == 7
 
 
 def test_the_page_is_readable_on_a_phone_and_without_code():
-    text = report.page(made())
+    text = render(made())
     assert 'name="viewport"' in text
     assert text.count("<table>") == text.count('<div class="box"><table>') and ".box { overflow-x: auto" in text
     assert "import " not in text and "Traceback" not in text
 
 
 def test_texts_of_models_and_answers_cannot_become_markup():
-    text = report.page(made())
+    text = render(made())
     assert "org/<dpo>" not in text and "org/&lt;dpo&gt;" in text
     assert "<mark>&lt;b&gt;token&lt;/b&gt;</mark>" in text
     assert "Few &amp; &lt;far&gt; between." in text
+    result = made()
+    result["models"]["base"] |= {"name": "<script>alert()</script>", "revision": "<b>"}
+    result["change"]["layers"][0]["verdict"] = "<i>rotated</i>"
+    pages = [render(result), comparison({"<u>one</u>": result, "two": made()})]
+    assert not {"script", "i", "u"} & {tag for page in pages for tag in Links(page).tags}
+    assert '<td class="n">&lt;b&gt;</td>' in pages[0] and "&lt;u&gt;one&lt;/u&gt;" in pages[1]
     opened = [
         t for t in Links(text).tags if t not in ("meta", "img", "br", "html", "head", "body", "title", "style", "main")
     ]
@@ -158,18 +167,18 @@ def test_texts_of_models_and_answers_cannot_become_markup():
 
 
 def test_the_same_numbers_give_the_same_bytes():
-    assert report.page(made()) == report.page(copy.deepcopy(made()))
+    assert render(made()) == render(copy.deepcopy(made()))
 
 
 def test_every_section_can_be_missing():
     refused = {"status": "not measured", "reason": "Too few tokens."}
     for name in ("behaviour", "signal", "change", "latents", "causal"):
         result = made(**{name: refused})
-        assert "Not measured. Too few tokens." in report.page(result)
+        assert "Not measured. Too few tokens." in render(result)
         assert "Too few tokens" in said(result)["Not measured"]
     everything = dict.fromkeys(("behaviour", "signal", "change", "latents", "causal"), refused)
     assert len(said(made(**everything))) == 5
-    assert report.page(made(**everything))
+    assert render(made(**everything))
 
 
 # --- the words --------------------------------------------------------------------------------------------------------
@@ -215,7 +224,7 @@ def widened(half) -> dict:
 
 def test_silence_is_called_preserved_only_within_the_margin():
     assert "preserved" in said(widened(0.019))["What kind of change"]
-    text = report.page(widened(0.021)) + " ".join(said(widened(0.021)).values())
+    text = render(widened(0.021)) + " ".join(said(widened(0.021)).values())
     assert "changes of AUROC smaller than 0.03 could not have been seen" in text
     assert "preserved" not in text.lower()
 
@@ -224,54 +233,54 @@ def test_noise_is_not_called_preserved():
     result = widened(0.001)
     for row in result["signal"]["layers"]:
         row["base"] = row["aligned"] = number(0.51, 0.45, 0.57, null=0.5, floor=0.05)
-    assert "preserved" not in report.page(result).lower()
+    assert "preserved" not in render(result).lower()
     assert "no readable preference signal" in said(result)["What kind of change"]
 
 
 def test_one_layer_of_many_is_chance():
     result = widened(0.01)
     result["change"]["layers"][2]["verdict"] = "created"
-    assert report.changed_layers(result)["created"] == []
+    assert verdicts.changed_layers(result)["created"] == []
     result["change"]["layers"][3]["verdict"] = "rotated+created"
-    assert report.changed_layers(result)["created"] == [2, 3]
+    assert verdicts.changed_layers(result)["created"] == [2, 3]
 
 
 def test_labels_count_only_beyond_the_base_with_itself():
     result = made()
     result["latents"]["labels"]["shared_rotated"] = number(0.3, 0.25, 0.35, floor=0.26)
-    assert report.changed_labels(result) == []
+    assert verdicts.changed_labels(result) == []
 
 
 def test_beyond_needs_interval_and_floor():
-    assert audit.beyond(number(1, 0.5, 1.5, floor=0.9))
-    assert not audit.beyond(number(1, 0.5, 1.5, floor=1.1))
-    assert not audit.beyond(number(1, -0.1, 2.1, floor=0.1))
-    assert not audit.beyond(number(1))
+    assert beyond(number(1, 0.5, 1.5, floor=0.9))
+    assert not beyond(number(1, 0.5, 1.5, floor=1.1))
+    assert not beyond(number(1, -0.1, 2.1, floor=0.1))
+    assert not beyond(number(1))
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_written_is_read_again(tmp_path):
-    files = report.write(made(), tmp_path / "new" / "audit")
+    files = audit.write(made(), tmp_path / "new" / "audit")
     assert [f.name for f in files] == ["audit.html", "audit.json"]
-    found = report.read(tmp_path / "new" / "audit")
+    found = audit.read(tmp_path / "new" / "audit")
     assert [line["title"] for line in found["verdict"]] == list(said(made()))
     assert {k: found[k] for k in made()} == json.loads(json.dumps(made()))
 
 
 def test_a_failure_leaves_the_old_audit_and_nothing_half_written(tmp_path, monkeypatch):
-    report.write(made(date="before"), tmp_path / "audit")
+    audit.write(made(date="before"), tmp_path / "audit")
     (tmp_path / "audit" / "notes.txt").write_text("mine")
     monkeypatch.setattr(Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        report.write(made(date="after"), tmp_path / "audit")
+    with pytest.raises(AlignlensError, match="nothing can be written to 'audit': disk full"):
+        audit.write(made(date="after"), tmp_path / "audit")
     monkeypatch.undo()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["audit"]
     assert sorted(p.name for p in (tmp_path / "audit").iterdir()) == ["audit.html", "audit.json", "notes.txt"]
-    assert report.read(tmp_path / "audit")["date"] == "before"
-    report.write(made(date="after"), tmp_path / "audit")
-    assert report.read(tmp_path / "audit")["date"] == "after"
+    assert audit.read(tmp_path / "audit")["date"] == "before"
+    audit.write(made(date="after"), tmp_path / "audit")
+    assert audit.read(tmp_path / "audit")["date"] == "after"
     assert (tmp_path / "audit" / "notes.txt").read_text() == "mine"
 
 
@@ -287,19 +296,19 @@ def renamed(name: str, **changes) -> dict:
 @pytest.fixture
 def audits(tmp_path) -> Path:
     for name in ("dpo", "kto", "orpo"):
-        report.write(renamed(name), tmp_path / "runs" / name)
+        audit.write(renamed(name), tmp_path / "runs" / name)
     return tmp_path / "runs"
 
 
 def test_lists_commas_and_patterns_name_the_same_audits(audits):
     names = [audits / n for n in ("dpo", "kto", "orpo")]
-    assert report.find(f"{audits}/*") == report.find([str(n) for n in names]) == report.find(", ".join(map(str, names)))
-    assert list(report.gather(names)) == ["dpo", "kto", "orpo"]
-    assert list(report.gather([names[0], names[0] / "audit.json"])) == ["dpo", "dpo′"]
+    assert audit.find(f"{audits}/*") == audit.find([str(n) for n in names]) == audit.find(", ".join(map(str, names)))
+    assert list(audit.gather(names)) == ["dpo", "kto", "orpo"]
+    assert list(audit.gather([names[0], names[0] / "audit.json"])) == ["dpo", "dpo′"]
 
 
 def test_a_comparison_shows_every_model_and_fetches_nothing(audits, tmp_path):
-    page = Links(report.compare(f"{audits}/*", tmp_path / "out").read_text(encoding="utf-8"))
+    page = Links(audit.compare(f"{audits}/*", tmp_path / "out").read_text(encoding="utf-8"))
     assert {"dpo", "kto", "orpo"} <= set(page.words)
     assert page.fetched and all(link.startswith("data:") for link in page.fetched) and not page.mute
 
@@ -324,22 +333,22 @@ def broken(path: Path, change) -> Path:
 def test_only_like_is_compared_with_like(audits, tmp_path, change, words):
     broken(audits / "kto", change)
     with pytest.raises(AlignlensError, match=words):
-        report.compare(f"{audits}/*", tmp_path / "out")
+        audit.compare(f"{audits}/*", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_audits_that_cannot_be_read(audits, tmp_path):
     with pytest.raises(AlignlensError, match="does not exist"):
-        report.gather(report.find(f"{audits}/dpo,{tmp_path}/none"))
+        audit.gather(audit.find(f"{audits}/dpo,{tmp_path}/none"))
     with pytest.raises(AlignlensError, match="needs at least two"):
-        report.find(str(audits / "dpo"))
+        audit.find(str(audits / "dpo"))
     with pytest.raises(AlignlensError, match="nothing matches"):
-        report.find(f"{tmp_path}/none*")
+        audit.find(f"{tmp_path}/none*")
     with pytest.raises(AlignlensError, match="has no 'pairs': it was cut or edited"):
-        report.read(broken(audits / "orpo", lambda r: r.pop("pairs")))
+        audit.read(broken(audits / "orpo", lambda r: r.pop("pairs")))
     (audits / "kto" / "audit.json").write_text("{")
     with pytest.raises(AlignlensError, match="no readable audit.json"):
-        report.read(audits / "kto")
+        audit.read(audits / "kto")
 
 
 @pytest.mark.notebook
@@ -355,4 +364,4 @@ def test_the_comparison_notebook(audits, tmp_path):
 
 def test_a_mistyped_parameter_is_named():
     with pytest.raises(AlignlensError, match="'audit' is unknown; did you mean 'audits'"):
-        audit_inputs.given({"audits": None, "audit": "runs/*", "_": 3, "Path": Path}, ["audits", "out"])
+        audit.check_names({"audits": None, "audit": "runs/*", "_": 3, "Path": Path}, "audits", "out")

@@ -1,1 +1,12 @@
-"""Any base and its aligned checkpoint: request, measurements, verdict, page."""
+"""Any base and its aligned checkpoint: what is asked for, measurements, verdict, page; several audits side by side."""
+
+from alignlens.audit.comparing import compare, find, gather
+from alignlens.audit.measure import SCHEMA, SECTIONS, Audit
+from alignlens.audit.page import read, write
+from alignlens.audit.requests import Request, check_names, from_notebook, request
+from alignlens.audit.verdicts import findings, verdict
+
+__all__ = [
+    "SCHEMA", "SECTIONS", "Audit", "Request", "check_names", "compare", "find", "findings", "from_notebook", "gather",
+    "read", "request", "verdict", "write",
+]  # fmt: skip

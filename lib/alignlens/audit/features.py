@@ -1,0 +1,128 @@
+"""Which features changed: latents of a crosscoder of base and aligned, beside those of the base with itself."""
+
+import math
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+from scipy.stats import binomtest
+
+from alignlens import activations, dictionaries
+from alignlens.audit.causes import halves
+from alignlens.audit.numbers import changed, mean, number, rounded
+from alignlens.core.errors import NotMeasured
+from alignlens.dictionaries import latents
+
+LEAST_TOKENS = 4000  # response tokens of the training half, below which no crosscoder is trained
+READABLE = 0.5  # held-out R2 below which a crosscoder's labels are not shown
+TOP_LATENTS = 8
+
+
+def features(audit) -> dict:
+    """Labels of the latents, beside two nulls, and the latents that changed most."""
+    read, seed = audit.tokens, audit.request.seed
+    tokens = read["base"]
+    base, aligned = (np.asarray(found.at(audit.middle), np.float32) for found in read.values())
+    keep = ~(activations.high_norm(base) | activations.high_norm(aligned))
+    half = halves(tokens.prompt_id, seed)[tokens.row]
+    train, test = keep & (half == 0), keep & (half == 1)
+    size = int(train.sum())
+    if size < LEAST_TOKENS:
+        raise NotMeasured(f"The training half has {size:,} response tokens; a crosscoder needs {LEAST_TOKENS:,}.")
+    config = _config(size, base.shape[1], seed)
+    crosscoder = partial(_crosscoder, base, train=train, test=test, config=config, device=audit.device)
+    found, null = crosscoder(aligned), crosscoder(base)
+    r2 = {name: rounded(found.quality[f"r2_{name}"]) for name in read}
+    if (worst := min(r2.values())) < READABLE:
+        raise NotMeasured(
+            f"The crosscoder explains {worst:.2f} of the variance of held-out tokens, under {READABLE}: with "
+            f"{size:,} training tokens its latents are not read."
+        )
+    shuffled = None if audit.identical else crosscoder(audit.shuffled)
+    # A latent counts as changed if none changed as much where nothing or nothing meant happened.
+    floor = max(float(part.change.max()) for part in (null, shuffled) if part is not None)
+    return {
+        "layer": audit.middle, "width": config.width, "k": config.k, "tokens": size,
+        "held_out": int(test.sum()), "masked": int((~keep).sum()), "r2": r2,
+        "live": int((found.table.label != "dead").sum()), "labels": _shares(found.table, null.table),
+        "shuffled": {} if shuffled is None else _shares(shuffled.table),
+        "change_floor": rounded(floor), "top": _top(audit, found, np.flatnonzero(test), floor),
+    }  # fmt: skip
+
+
+def _config(tokens: int, d_model: int, seed: int) -> dictionaries.Config:
+    """Width and epochs by the number of training tokens: about 60 tokens a latent, about 300 steps."""
+    width = min(int(2 ** np.clip(round(math.log2(tokens / 60)), 6, 11)), 8 * d_model)
+    batch = int(min(512, tokens // 8))
+    epochs = float(np.clip(300 * batch / tokens, 3, 30))
+    return dictionaries.Config(width=width, k=min(12, width // 8), epochs=epochs, batch_size=batch, seed=seed)
+
+
+def _crosscoder(base, aligned, *, train, test, config, device: str) -> SimpleNamespace:
+    """A fitted crosscoder of two models' streams on held-out tokens: table, codes, quality, and change [latents].
+
+    A latent's change is how much its own writing differs between the models on an average token, as a share of the
+    stream's spread.
+    """
+    fitted = dictionaries.train({"base": base[train], "aligned": aligned[train]}, config, device=device)
+    held_out = {"base": base[test], "aligned": aligned[test]}
+    table, codes, rows = dictionaries.classify(fitted, held_out), fitted.codes(held_out).tocsc(), fitted.rows()
+    energy = np.sqrt(np.asarray(codes.multiply(codes).mean(0)).ravel())
+    spread = np.linalg.norm(held_out["base"].std(0))
+    change = energy * np.linalg.norm(rows["aligned"] - rows["base"], axis=1) / spread
+    change[table.label == "dead"] = 0.0
+    quality = dictionaries.evaluate(fitted, held_out)
+    return SimpleNamespace(table=table, codes=codes, change=change, quality=quality)
+
+
+def _shares(table: pd.DataFrame, null: pd.DataFrame | None = None) -> dict[str, dict]:
+    """Shares of live latents by label with Wilson's interval; the floor is the upper end of the null's interval."""
+    out = {}
+    for name in dictionaries.LABELS[1:]:
+        floor = 0.0 if null is None else _wilson(null.label, name)[2]
+        out[name] = number(*_wilson(table.label, name), floor=floor, unit="share of live latents")
+    return out
+
+
+def _wilson(labels: pd.Series, name: str) -> tuple[float, float, float]:
+    live = labels[labels != "dead"]
+    count, total = int((live == name).sum()), max(len(live), 1)
+    return count / total, *binomtest(count, total).proportion_ci(method="wilson")
+
+
+def _top(audit, found, index: np.ndarray, floor: float) -> list[dict]:
+    """The latents that changed most, each with texts where it fires. index : the held-out tokens."""
+    tokens, codes, seed = audit.tokens["base"], found.codes.tocsr(), audit.request.seed
+    part = SimpleNamespace(row=tokens.row[index], side=tokens.side[index], prompt_id=tokens.prompt_id)
+    use = latents.usage(codes, part)
+    top = [i for i in np.argsort(-found.change, kind="stable")[:TOP_LATENTS] if found.change[i] > floor]
+    return [
+        {
+            "latent": i, "label": row.label, "change": _change(audit, found, i, part, floor),
+            "degrees": rounded(row.degrees), "ratio": rounded(row.ratio), "density": rounded(row.density),
+            "effect": changed(use.iloc[i], "effect", unit="mean code, chosen - rejected"),
+            "examples": [_context(audit, tokens, int(index[k])) for k in
+                         latents.examples(codes, part, i, bands=1, per_band=3, seed=seed)["index"]],
+        }
+        for i, row in found.table.iloc[top].iterrows()
+    ]  # fmt: skip
+
+
+def _change(audit, found, latent: int, tokens, floor: float) -> dict:
+    """A latent's change with a bootstrap over prompts: it grows with the root of the mean square of its code."""
+    squares = found.codes[:, [latent]].toarray().ravel() ** 2
+    square = mean(squares, tokens.prompt_id[tokens.row], floor=0.0, seed=audit.request.seed)
+    scale = found.change[latent] / max(math.sqrt(square["value"]), 1e-30)
+    low, high = (scale * math.sqrt(max(square[end], 0.0)) for end in ("low", "high"))
+    return number(found.change[latent], low, high, floor=floor, unit="share of the stream's spread")
+
+
+def _context(audit, tokens, at: int, around: int = 10) -> list[str]:
+    """Text before a token, the token, and text after it, within its answer."""
+    inside = np.flatnonzero((tokens.row == tokens.row[at]) & (tokens.side == tokens.side[at]))
+    before, after = inside[(inside < at) & (inside >= at - around)], inside[(inside > at) & (inside <= at + around)]
+    parts = [tokens.token_id[part].tolist() for part in (before, [at], after)]
+    before, token, after = map(audit.format.tokenizer.decode, parts)
+    bare = token.lstrip()  # a mark looks ragged with the space of its word
+    return [before + token[: len(token) - len(bare)], bare, after]

@@ -1,0 +1,53 @@
+"""Where the preference signal sits in both models, and what kind of change it shows."""
+
+import numpy as np
+
+from alignlens import geometry, probes
+from alignlens.audit.numbers import changed, of_row
+
+FOLDS = 5
+PARTS = dict.fromkeys(("kept", "rotated", "rotated_repaired", "attenuated", "created"), "AUROC above chance")
+PARTS |= {"gap": "AUROC", "repair": "AUROC"}
+
+
+def signal(audit) -> dict:
+    """Where chosen and rejected answers can be told apart, in base and aligned; baselines that need no depth."""
+    floors = {name: _floors(audit, read.chosen, read.rejected) for name, read in audit.streams.items()}
+    rows = []
+    for place, (_, row) in enumerate(audit.decomposed.iterrows()):
+        own = {n: of_row(row, n, null=0.5, floor=floors[n][place], unit="AUROC") for n in floors}
+        rows.append({"layer": row.layer} | own | {"difference": changed(row, "change", unit="AUROC")})
+    best = {name: max(rows, key=lambda row: row[name]["value"])["layer"] for name in floors}
+    sides, baselines = (audit.encoded.chosen_ids, audit.encoded.rejected_ids), {}
+    lengths = [np.array([len(ids) for ids in side], float) for side in sides]
+    for name, (chosen, rejected) in (("length", lengths), ("log_probability", audit.base_logprobs.T)):
+        groups, bootstrap = audit.encoded.prompt_id, audit.request.bootstrap
+        row = probes.fit_features(chosen, rejected, groups, bootstrap=bootstrap, **audit.sampling)
+        floor = _floors(audit, chosen[:, None, None], rejected[:, None, None])[0]
+        baselines[name] = of_row(row, "auroc", null=0.5, floor=floor, unit="AUROC")
+    return {"layers": rows, "best": best, "baselines": baselines}
+
+
+def _floors(audit, chosen, rejected) -> list[float]:
+    """By layer, how far from 0.5 probes of swapped labels reach."""
+    groups, draws = audit.encoded.prompt_id, audit.request.permutations
+    null = probes.permuted_sign_null(chosen, rejected, groups, permutations=draws, **audit.sampling)
+    return (null.auroc_high - 0.5).clip(lower=0).tolist()
+
+
+def change(audit) -> dict:
+    """What kind of change each layer shows: signal kept, rotated, attenuated or created; and whole streams."""
+    streams = geometry.compare_layers(*audit.streams.values(), audit.encoded.prompt_id, seed=audit.request.seed)
+    rows = []
+    for (_, row), (_, whole) in zip(audit.decomposed.iterrows(), streams.iterrows(), strict=True):
+        found = {"layer": row.layer, "verdict": row.verdict}
+        found |= {name: changed(row, name, unit=unit) for name, unit in PARTS.items()}
+        floor = 1 - whole.mean_cosine_floor
+        found |= {
+            "rotation": changed(whole, "rotation_degrees", unit="degrees"),
+            "scale": changed(whole, "norm_ratio", null=1.0, unit="ratio"),
+            "cka": changed(whole, "cka", null=1.0, unit="similarity"),
+            "direction": of_row(whole, "mean_cosine", null=1.0, floor=floor, unit="cosine"),
+        }
+        rows.append(found)
+    return {"layers": rows}

@@ -1,0 +1,253 @@
+"""What an audit's numbers say, by fixed rules: findings, verdict, warnings.
+
+What lies within noise is said to; "preserved" is said only of changes whose whole interval is small.
+"""
+
+import pandas as pd
+
+from alignlens.audit.numbers import EQUIVALENCE, beyond, digits, listed, measured, percent, preserved, shown
+
+FEW_PROMPTS = 200
+FAR = ((0.003, "hardly at all"), (0.03, "a little"), (0.3, "clearly"), (float("inf"), "very far"))  # nats a token
+NOTHING = {  # the verdict on two models with the same weights
+    "How far it moved": "Not at all: the two models have the same weights, and nothing lies beyond noise.",
+    "Where": "Nowhere: nothing lies beyond noise at any layer.",
+    "What kind of change": "None: nothing lies beyond noise.",
+}
+KINDS = {"rotated": "points in another direction", "attenuated": "is gone", "created": "is new"}
+LABELS = {
+    "shared_same": "same in both", "shared_rotated": "rotated", "shared_attenuated": "weaker or stronger",
+    "base_only": "base only", "aligned_only": "aligned only",
+}  # fmt: skip
+BEHAVIOUR = {
+    "kl": "KL to the base", "kl_token": "KL to the base, a token", "accuracy": "implicit-reward accuracy",
+    "margin": "implicit-reward margin", "chosen_shift": "shift of log p(chosen)",
+    "rejected_shift": "shift of log p(rejected)", "length_shift": "change of answer length",
+    "win_rate": "win rate against the base",
+}  # fmt: skip
+
+# --- Findings: what lies beyond noise ---------------------------------------------------------------------------------
+
+
+def _several(layers: list[int], rows: list) -> list[int]:
+    """Layers that show something; none of many if it is one alone: tested one by one at 5 %, that is chance."""
+    return layers if len(layers) > 1 or len(rows) < 3 else []
+
+
+def moved_layers(result: dict) -> list[int]:
+    """Layers at which the probes' AUROC changed."""
+    rows = result["signal"]["layers"]
+    return _several([row["layer"] for row in rows if beyond(row["difference"])], rows)
+
+
+def changed_layers(result: dict) -> dict[str, list[int]]:
+    """Layers with a change of the preference signal, by kind."""
+    rows = result["change"].get("layers", [])
+    return {kind: _several([r["layer"] for r in rows if kind in r["verdict"].split("+")], rows) for kind in KINDS}
+
+
+def changed_labels(result: dict) -> list[str]:
+    """Labels of latents whose share lies above that of the base with itself."""
+    found = result["latents"].get("labels", {})
+    return [name for name, x in found.items() if name != "shared_same" and x["low"] > x["floor"]]
+
+
+def findings(result: dict) -> dict[str, list[str]]:
+    """Names of all comparisons of base and aligned: "beyond" noise and "within" it."""
+    numbers = result["behaviour"].get("numbers", {})
+    found = {BEHAVIOUR[n]: beyond(numbers[n]) for n in BEHAVIOUR if n in numbers and n != "kl_token"}
+    if measured(result, "signal"):
+        found["probe AUROC"] = moved_layers(result)
+    if measured(result, "change"):
+        found["kind of the preference signal"] = any(changed_layers(result).values())
+    if measured(result, "latents"):
+        found |= {"latents' labels": changed_labels(result), "single latents": result["latents"]["top"]}
+    if measured(result, "causal"):
+        found["change of margin in the causal check"] = not result["causal"]["patching"]["reason"]
+        found["effect of the preference direction"] = steering_changed(result)
+    return {"beyond": [name for name in found if found[name]], "within": [name for name in found if not found[name]]}
+
+
+def steering(result: dict, intervention: str) -> list[dict]:
+    """The tests of each model's own direction on the margin: base, aligned."""
+    wanted = {"intervention": intervention, "direction": "own", "measure": "margin"}
+    return [next(t for t in tests if wanted.items() <= t.items()) for tests in result["causal"]["tests"].values()]
+
+
+def steering_changed(result: dict) -> bool:
+    """Whether the direction's effect on the margin differs between the models: intervals that do not meet."""
+    pairs = ([test["effect"] for test in steering(result, name)] for name in ("steer", "ablate"))
+    return any(one["low"] > other["high"] or other["low"] > one["high"] for one, other in pairs)
+
+
+# --- The verdict ------------------------------------------------------------------------------------------------------
+
+
+def verdict(result: dict) -> list[dict]:
+    """Five lines, each a title and a text, by rule."""
+    lines = {"How far it moved": _how_far, "Where": _where, "What kind of change": _what_kind,
+             "Within noise": _within_noise, "Not measured": _not_measured}  # fmt: skip
+    nothing = NOTHING if result["models"]["identical"] else {}
+    return [{"title": title, "text": nothing.get(title) or says(result)} for title, says in lines.items()]
+
+
+def _how_far(result: dict) -> str:
+    if not measured(result, "behaviour"):
+        return "Not known: the models' answers could not be measured."
+    numbers = result["behaviour"]["numbers"]
+    if not beyond(numbers["kl"]):
+        return "The weights differ, but the answers do not: the KL to the base is nothing beyond noise."
+    token, share, margin, shift = (numbers[n]["value"] for n in ("kl_token", "accuracy", "margin", "chosen_shift"))
+    words = next(text for limit, text in FAR if token < limit)
+    text = f"It moved {words}: {shown(numbers['kl'])} nats of KL an answer, {digits(token)} a token. "
+    if not beyond(numbers["accuracy"]) and not beyond(numbers["margin"]):
+        return text + "It favours neither chosen nor rejected answers more than the base did, beyond noise."
+    side, share = ("chosen", share) if margin > 0 else ("rejected", 1 - share)
+    text += f"Against the base it now favours the {side} answer in {percent(share)} of the held-out pairs."
+    if side == "chosen" and shift < 0 and beyond(numbers["chosen_shift"]):
+        text += f" Even the chosen answers became less likely (by {digits(-shift)} nats): likelihood displacement."
+    if "win_rate" in numbers and beyond(numbers["win_rate"]):
+        text += f" Its sampled answers win {shown(numbers['win_rate'])} of comparisons with the base's."
+    return text
+
+
+def _where(result: dict) -> str:
+    parts, depth = [], result["models"]["base"]["layers"]
+    if measured(result, "causal"):
+        found, pairs = result["causal"]["patching"], result["causal"]["pairs"]
+        half = [row["layer"] for row in found["layers"] if (row["share"]["value"] or 0) >= 0.5]
+        if found["reason"]:
+            parts.append(f"On the {pairs} pairs of the causal check the change of margin cannot be located.")
+        elif half:
+            parts.append(f"Half of the change of margin is there after block {half[0]} of {depth} (0 to {depth - 1}).")
+        else:
+            parts.append("No measured block alone carries half of the change of margin.")
+    if measured(result, "signal"):
+        best = result["signal"]["best"]["aligned"]
+        auroc = next(row["aligned"] for row in result["signal"]["layers"] if row["layer"] == best)
+        read = f"Preferences are read best after block {best} (AUROC {digits(auroc['value'])})."
+        parts.append(read if beyond(auroc) else "No probe reads preferences beyond noise at any layer.")
+    return " ".join(parts) or "Not known: neither probes nor patching could be measured."
+
+
+def _what_kind(result: dict) -> str:
+    parts, changed = [], changed_layers(result)
+    if measured(result, "change"):
+        parts += [kinds_say(result), "" if changed["attenuated"] or changed["created"] else auroc_says(result)]
+    if measured(result, "latents"):
+        found = labels_say(result)
+        seen = f"{listed(found)}, more than in the base with itself" if found else "nothing beyond noise"
+        parts.append(f"Crosscoder latents: {seen}.")
+    return " ".join(filter(None, parts)) or "Not known: neither probes nor latents could be measured."
+
+
+def _within_noise(result: dict) -> str:
+    found, power = findings(result), result["power"]
+    if not found["within"]:
+        return "None of the comparisons."
+    words = listed(found["within"])
+    if not found["beyond"]:
+        return f"Everything: {words}."
+    units = {"margin": "nats of margin", "kl": "nats of KL", "auroc": "AUROC"}
+    seen = [f"{digits(power[name])} {unit}" for name, unit in units.items() if power.get(name)]
+    text = f"{words[0].upper() + words[1:]}: no change detected."
+    return text + (f" Smallest changes that would have been seen: {listed(seen)}." if seen else "")
+
+
+def _not_measured(result: dict) -> str:
+    names = {"signal": "probes", "change": "kinds of change", "causal": "causal tests"}
+    sections = ("behaviour", "signal", "change", "latents", "causal")
+    parts = [f"{names.get(n, n)}: {result[n]['reason']}" for n in sections if not measured(result, n)]
+    if measured(result, "behaviour") and "win_rate" not in result["behaviour"]["numbers"]:
+        parts.append("whether the answers got better (there is no judge)")
+    text = "; ".join(part.rstrip(".") for part in [*parts, "whether these prompts were trained on"])
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+# --- Sentences of verdict and page ------------------------------------------------------------------------------------
+
+
+def auroc_says(result: dict) -> str:
+    """Of probe accuracy that shows no change: preserved, or not enough data to tell."""
+    rows, start = result["signal"].get("layers"), "How well it can be read"
+    if not rows:
+        return ""
+    if not any(beyond(row["base"]) for row in rows):
+        return "The base has no readable preference signal that could have changed."
+    if all(preserved(row["difference"]) for row in rows):
+        return f"{start} is preserved: every layer's change of AUROC lies within ±{EQUIVALENCE}."
+    least = digits(result["power"].get("auroc"))
+    return f"{start}: no change detected; changes of AUROC smaller than {least} could not have been seen."
+
+
+def kinds_say(result: dict) -> str:
+    """What share of the preference signal changed, by kind, over the layers where it did; empty if nowhere."""
+    rows, found = result["change"]["layers"], []
+    for kind, layers in changed_layers(result).items():
+        if layers:
+            whole = ("kept", "rotated", "created" if kind == "created" else "attenuated")
+            part, *parts = (sum(r[n]["value"] for r in rows if r["layer"] in layers) for n in (kind, *whole))
+            share = percent(round(part / max(sum(parts), 1e-12), 2))
+            found.append(f"{share} {KINDS[kind]} (at {len(layers)} of {len(rows)} layers)")
+    return f"Of the preference signal, {listed(found)}." if found else ""
+
+
+def labels_say(result: dict, words: str = "{value} {label}") -> list[str]:
+    """Shares of latents with a changed label, and what a change of the same size in a random direction shows of it."""
+    labels, shuffled, out = result["latents"]["labels"], result["latents"]["shuffled"], []
+    for name in changed_labels(result):
+        text = words.format(value=percent(labels[name]["value"]), interval=shown(labels[name]), label=LABELS[name])
+        beside = f" (a shuffled change of the same size: {percent(shuffled[name]['value'])})" if shuffled else ""
+        out.append(text + beside)
+    return out
+
+
+# --- Warnings ---------------------------------------------------------------------------------------------------------
+
+
+def warnings(result: dict, pairs: pd.DataFrame) -> list[dict]:
+    """What a reader must know before trusting the numbers: code, text; the gravest first."""
+    p, behaviour, signal = result["pairs"], result["behaviour"], result["signal"]
+    dropped, moved = p["dropped"], result["weights"]["share"]["value"]
+    answers = pd.concat([pairs.chosen, pairs.rejected])
+    repeated, swapped = p["pairs"] - p["prompts"], float(answers.duplicated(keep=False).mean())
+    last = answers.str.rstrip().str[-1:]
+    ends = float((last.str.isalnum() | last.isin([",", ";"])).mean())
+    long = sum(dropped.get(n, 0) for n in ("overlong_prompt", "overlong_response", "too_long", "no_room_to_answer"))
+    bad = sum(v for name, v in dropped.items() if name.startswith("bad_") or name in ("special_token", "boundary"))
+    cut = max(behaviour["cut"].values()) if measured(result, "behaviour") else 0
+    best = max([row["aligned"]["value"] for row in signal.get("layers", [])], default=1.0)
+    words = {"length": "Answer length alone", "log_probability": "The base's own log-probability"}
+    confounds = [
+        (beyond(x) and abs(x["value"] - 0.5) > best - 0.5 - 0.05, f"{name} confound",
+         f"{words[name]} tells chosen from rejected with AUROC {x['value']:.3f}, the best probe with {best:.3f}: the "
+         "probe may read nothing else.")
+        for name, x in signal.get("baselines", {}).items()
+    ]  # fmt: skip
+    far, copies, open_ends, short = (percent(round(share, 2)) for share in (moved, swapped, ends, cut))
+    found = [
+        (result["models"]["identical"], "identical", "Both models have exactly the same weights."),
+        (moved > 0.5, "far",
+         f"The weights differ by {far} of their norm: the aligned model may not come from this base."),
+        (p["prompts"] < FEW_PROMPTS, "few prompts",
+         f"{p['prompts']} prompts only: intervals are wide, and small changes cannot be seen (see power)."),
+        (repeated > 0.1 * p["pairs"], "repeated prompts",
+         f"{repeated} of {p['pairs']} pairs repeat a prompt; they count as one in folds and intervals."),
+        (dropped.get("duplicate"), "duplicates", f"{dropped.get('duplicate')} exact copies of pairs were dropped."),
+        (dropped.get("contradictory"), "contradictory",
+         f"{dropped.get('contradictory')} pairs occur in both orders, chosen and rejected swapped."),
+        (swapped > 0.1, "repeated answers", f"{copies} of the answers occur in more than one pair."),
+        (long, "too long",
+         f"{long} pairs were left out because they are longer than {result['format']['max_length']} tokens: nothing "
+         "is said of long answers."),
+        (bad, "unusable rows", f"{bad} rows could not be used and were left out."),
+        (ends > 0.3, "unfinished answers",
+         f"{open_ends} of the answers end without a punctuation mark: the data may have been cut."),
+        (cut > 0.2, "cut samples",
+         f"{short} of the sampled answers were cut at the length limit: length and KL are underestimated."),
+        *confounds,
+        (True, "training prompts",
+         "The pairs must be held out: prompts that the aligned model was trained on would inflate every number. This "
+         "cannot be checked from the models."),
+    ]  # fmt: skip
+    return [{"code": code, "text": text} for holds, code, text in found if holds]
