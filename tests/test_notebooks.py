@@ -9,8 +9,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from alignlens import claims
-from alignlens.audit import page as report
+from alignlens import audit, claims
 
 ROOT = Path(__file__).parents[1]
 PAPERMILL = [sys.executable, "-m", "papermill"]
@@ -125,7 +124,7 @@ def test_the_audit_of_a_shipped_model_with_itself_is_a_page_that_finds_nothing(t
     words = ["-p", "base", toy, "-p", "aligned", toy, "-p", "limit", 60, "-p", "sampled", 20, "-p", "out", out]
     done = papermill("audit", tmp_path / "audit.ipynb", *words)
     assert done.returncode == 0, done.stderr[-3000:]
-    verdict = {line["title"]: line["text"] for line in report.read(out)["verdict"]}
+    verdict = {line["title"]: line["text"] for line in audit.read(out)["verdict"]}
     assert "nothing lies beyond noise" in verdict["How far it moved"]
     page = (out / "audit.html").read_text()
     assert page.startswith("<!doctype html>")
