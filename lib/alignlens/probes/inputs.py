@@ -53,7 +53,7 @@ def features(chosen, rejected):
     refuse(forms[0] != forms[1], f"sparse shapes of chosen and rejected are {forms}: pass both in the same form.")
     if not forms[0]:
         refuse(np.ndim(chosen) not in (1, 2), f"chosen has shape {np.shape(chosen)}: pass [pairs] or [pairs, k].")
-        return Differences(tuple(np.reshape(side, (len(side), 1, -1)) for side in (chosen, rejected)))[0]
+        return Differences(tuple(np.asarray(side).reshape(len(side), 1, -1) for side in (chosen, rejected)))[0]
     x = sparse.csr_array(chosen, dtype=np.float64) - sparse.csr_array(rejected, dtype=np.float64)
     refuse(not np.isfinite(x.data).all(), "sparse values of chosen - rejected are NaN or infinite: drop these pairs.")
     # A column that is zero in every pair has weight zero: most of a vocabulary costs nothing.
