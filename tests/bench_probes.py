@@ -13,6 +13,7 @@ from sklearn.metrics import roc_auc_score
 
 from alignlens import probes
 from alignlens.calibration.nulls import Pairs
+from alignlens.probes.solver import PENALTIES
 
 
 def activation_like(n, layers, d, seed=0):
@@ -25,7 +26,7 @@ def activation_like(n, layers, d, seed=0):
     return Pairs(x.astype(np.float32), np.zeros_like(x, np.float32))
 
 
-def loop(pairs, fold, penalties=probes.PENALTIES):
+def loop(pairs, fold, penalties=PENALTIES):
     """Nested cross-validation without batching; AUROC of each layer, no intervals."""
 
     def margins(x, train, test, penalty):

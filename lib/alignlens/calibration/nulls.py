@@ -1,7 +1,7 @@
 """Known answers: data about which the right result is known before any instrument looks.
 
 Noise in must give nothing out, a planted effect must come back at its planted place and size, and a copy turned by a
-known angle must measure as that angle. To correct many p-values at once use `scipy.stats.false_discovery_control`.
+known angle must measure as that angle. To correct many p-values at once use `core.statistics.corrected`.
 """
 
 from typing import NamedTuple
@@ -23,9 +23,7 @@ def gaussian_pairs(n_pairs: int, layers: int, d_model: int, *, seed: int = 0) ->
     return Pairs(rng.standard_normal(shape, dtype=np.float32), rng.standard_normal(shape, dtype=np.float32))
 
 
-def planted_pairs(
-    n_pairs: int, layers: int, d_model: int, *, layer: int, strength: float, seed: int = 0
-) -> tuple[Pairs, np.ndarray]:
+def planted_pairs(n_pairs: int, layers: int, d_model: int, *, layer: int, strength: float, seed: int = 0):
     """Gaussian pairs whose chosen states are moved by `strength` along one unit direction, at one layer only.
 
     Along that direction the difference chosen - rejected is N(strength, 2), so with Phi the standard normal CDF the

@@ -19,6 +19,18 @@ def resample(count: int, draws: int, rng) -> np.ndarray:
     return np.random.default_rng(rng).multinomial(count, np.full(count, 1 / count), size=draws)
 
 
+def bootstrap_weights(group: np.ndarray, draws: int, seed: int) -> np.ndarray:
+    """How often each row counts, float32 [1 + draws, rows], when the groups that hold the rows are redrawn.
+
+    group : int [rows], 0 .. n_groups - 1. Row 0 is the sample itself. Other draws than those of ``resample``.
+    """
+    n_groups = group.max() + 1
+    drawn = np.random.default_rng([seed, 1]).integers(n_groups, size=(draws, n_groups))
+    drawn += n_groups * np.arange(draws)[:, None]
+    counts = np.bincount(drawn.ravel(), minlength=draws * n_groups).reshape(draws, n_groups)
+    return np.vstack([np.ones(n_groups, np.float32), counts])[:, group].astype(np.float32)
+
+
 def random_signs(index: np.ndarray, draws: int, *, seed: int = 0) -> np.ndarray:
     """Fair signs [rows, draws] in {-1, 1}: one per value of the integer ``index`` [rows], shared by its rows."""
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(index.max() + 1, draws))
@@ -41,31 +53,43 @@ def alternating_halves(groups) -> np.ndarray:
 
 
 def interval(draws: np.ndarray, axis: int = 0) -> np.ndarray:
-    """Central 95 % of bootstrap draws: [2, ...], low and high."""
-    return np.percentile(draws, CENTRAL, axis=axis)
+    """Central 95 % of bootstrap draws: [2, ...], low and high. A draw that is NaN does not count."""
+    percentile = np.nanpercentile if np.isnan(draws).any() else np.percentile
+    return percentile(draws, CENTRAL, axis=axis)
+
+
+def with_intervals(values: dict[str, np.ndarray]) -> dict[str, float]:
+    """From [sample, draws ...] of each number: name, name_low and name_high; both NaN where nothing was drawn."""
+    out = {}
+    for name, value in values.items():
+        low, high = interval(value[1:]) if np.isfinite(value[1:]).any() else (np.nan, np.nan)
+        out |= {name: value[0], f"{name}_low": low, f"{name}_high": high}
+    return out
 
 
 def standard_error(low, high, *, least: float = 1e-12):
     """Standard error of a normal estimate from its 95 % interval, at least ``least`` so that it can divide."""
-    error = (high - low) / (2 * Z95)
-    return error.clip(lower=least) if isinstance(error, pd.Series) else np.maximum(error, least)
+    return np.maximum((high - low) / (2 * Z95), least)
 
 
 def p_value(value, low, high, *, above: bool = False):
-    """p of no effect for a normal estimate with a 95 % interval: two-sided, or one-sided that it is above zero."""
+    """p of no effect for a normal estimate with a 95 % interval: two-sided, or one-sided that it is above zero.
+
+    Numbers, arrays or Series; a Series gives a Series, ready for ``corrected``.
+    """
     error = standard_error(low, high)
-    return norm.sf(value / error) if above else 2 * norm.sf(abs(value) / error)
+    p = norm.sf(value / error) if above else 2 * norm.sf(abs(value) / error)
+    return pd.Series(p, value.index) if isinstance(value, pd.Series) else p
 
 
 def corrected(p, by=None):
     """p-values at a controlled false discovery rate (Benjamini and Hochberg, 1995), within each value of ``by``.
 
-    p : array or Series; NaN stands for what was not tested and stays NaN.
+    p : array, or Series (needed for ``by``, a Series of the same index); NaN was not tested and stays NaN.
     """
     if by is not None:
         return p.groupby(by).transform(corrected)
-    known = np.isfinite(p)
-    out = p.copy() if isinstance(p, pd.Series) else np.array(p, float)
+    known, out = np.isfinite(p), p.copy()
     if known.any():
         out[known] = false_discovery_control(p[known])
     return out
@@ -85,7 +109,7 @@ def over_seeds(table: pd.DataFrame, names: list[str], keys=("family", "method", 
             between = values.var(ddof=1) / len(values) if len(values) > 1 else 0.0
             within = 0.0
             if f"{name}_low" in rows:
-                within = np.mean(((rows[f"{name}_high"] - rows[f"{name}_low"]) / (2 * Z95)) ** 2)
+                within = (standard_error(rows[f"{name}_low"], rows[f"{name}_high"], least=0.0) ** 2).mean()
             half = Z95 * np.sqrt(within + between)
             row |= {name: values.mean(), f"{name}_low": values.mean() - half, f"{name}_high": values.mean() + half}
         out.append(row)

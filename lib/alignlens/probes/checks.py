@@ -1,0 +1,98 @@
+"""Is a probe's number honest? The leak, the floor of noise, the floor of real features, a task only memory solves."""
+
+import numpy as np
+from pandas import DataFrame, Series
+
+from alignlens.core.statistics import bootstrap_weights, interval, random_signs, with_intervals
+from alignlens.probes.inputs import Differences, plan_folds, refuse
+from alignlens.probes.layers import fit_layers
+from alignlens.probes.scores import auroc, metrics
+from alignlens.probes.solver import fit_labellings
+
+
+def leak_check(y, p, fold_ids, pair_ids, *, bootstrap=1000, seed=0) -> dict:
+    """Split stored out-of-fold results by whether a row's mirror image was in the training folds.
+
+    y : labels [rows] in {0, 1} · p : probabilities or any scores [rows] · fold_ids : the fold each row was held out in
+    pair_ids : the pair each row belongs to; rows of a pair are mirrors of each other
+
+    Returns auroc (all rows), auroc_leaked (a mirror lies in another fold, so it was trained on), auroc_clean (all
+    copies share the fold) with auroc_clean_low/high (95 %, bootstrap over pairs), n_rows, n_leaked, n_clean and
+    share_leaked. An AUROC that its rows cannot define (one class or none) is NaN. Honest folds have share_leaked 0;
+    auroc far above auroc_clean is memory, not reading. The leak: weakness F1 of arXiv 2606.09850.
+
+    Raises ProbeError if lengths differ, y is not binary, p is not finite, or no pair has two rows.
+    """
+    y, p, fold_ids, pair_ids = map(np.asarray, (y, p, fold_ids, pair_ids))
+    shapes = [a.shape for a in (y, p, fold_ids, pair_ids)]
+    _, pair, rows = np.unique(pair_ids, return_inverse=True, return_counts=True)
+    bad = np.flatnonzero(~np.isfinite(p))
+    refuse(y.ndim != 1 or len(set(shapes)) > 1, f"y, p, fold_ids, pair_ids are {shapes}: pass rows of the same length.")
+    refuse(not np.isin(y, (0, 1)).all(), f"y holds {np.unique(y)[:5]}: labels must be 0 (-x) or 1 (x).")
+    refuse(len(bad) > 0, f"p is NaN or infinite in rows {bad[:3]}: check the stored scores.")
+    refuse(rows.max(initial=0) < 2, "No pair_id occurs twice: pass both mirrored rows of each pair, under the same id.")
+    leaked = Series(fold_ids).groupby(pair).transform("nunique").to_numpy() > 1
+
+    def area(mask: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        pos, neg = mask & (y == 1), mask & (y == 0)
+        return auroc(p[pos], p[neg], weights[:, pair[pos]], weights[:, pair[neg]])
+
+    weights = bootstrap_weights(np.arange(len(rows)), bootstrap, seed)
+    found = {"auroc": area(leaked | True, weights[:1])[0], "auroc_leaked": area(leaked, weights[:1])[0]}
+    found |= with_intervals({"auroc_clean": area(~leaked, weights)})
+    counts = {"n_rows": len(y), "n_leaked": int(leaked.sum()), "n_clean": int((~leaked).sum())}
+    return {name: float(value) for name, value in found.items()} | counts | {"share_leaked": float(leaked.mean())}
+
+
+def noise_floor(n_pairs, d_model, *, protocol="grouped", seed=0) -> float:
+    """AUROC that a protocol (5 folds) reports on pure Gaussian pairs of this size: 0.5 for an honest one.
+
+    Known for `published`: 0.951 at 897 pairs x 2048 dimensions, 0.74 at 5000 x 2048, 0.63 at 10000 x 2048.
+    Gaussian noise has full rank; `permuted_sign_null` gives the floor of real, correlated features.
+    """
+    rng = np.random.default_rng(seed)
+    pairs = [rng.standard_normal((n_pairs, 1, d_model), dtype=np.float32) for _ in ("chosen", "rejected")]
+    return float(fit_layers(*pairs, np.arange(n_pairs), protocol=protocol, seed=seed, bootstrap=0).auroc[0])
+
+
+def permuted_sign_null(chosen, rejected, groups, *, protocol="grouped", folds=5, seed=0, permutations=100) -> DataFrame:
+    """The floor of the real features: chosen and rejected swapped at random, one coin per group, and probed again.
+
+    Grouped probes keep the penalty that each fold chose on the real labels, so the null is of the probe that was used.
+    Returns one row a layer: layer, auroc_mean, and auroc_low, auroc_high, the central 95 % of the permutations.
+    Other parameters and errors as in `fit_layers`.
+    """
+    refuse(permutations < 1, f"permutations is {permutations}: draw at least one (100 or more for a 95 % band).")
+    differences = Differences((chosen, rejected))
+    plan = plan_folds(len(chosen), groups, protocol, folds, seed)
+    signs, ones, rows = random_signs(plan.group, permutations, seed=seed), np.ones((1, plan.n)), []
+    for layer, x in enumerate(differences):
+        found = np.concatenate([metrics(probes, x, ones, "auroc") for probes in fit_labellings(x, plan, signs)])[:, 0]
+        low, high = interval(found)
+        rows.append({"layer": layer, "auroc_mean": found.mean(), "auroc_low": low, "auroc_high": high})
+    return DataFrame(rows)
+
+
+def selectivity(chosen, rejected, groups, *, protocol="grouped", folds=5, seed=0, bootstrap=1000, draws=5) -> DataFrame:
+    """Accuracy on the real task minus accuracy on a control task that only memory can solve.
+
+    The control gives each pair a random label, a fixed property of the pair that its mirrored copy (with the opposite
+    label) shares; `draws` such labellings are averaged. Under `published` a copy in training lets the probe look the
+    label up, so the control rises above 0.5 and selectivity falls; under `grouped` nothing is left to look up.
+    Control probes keep the penalty chosen on the real labels.
+
+    Returns one row a layer: layer, accuracy, accuracy_control, selectivity, each with `_low` and `_high` (95 %,
+    bootstrap over groups). Other parameters and errors as in `fit_layers`. Source: Hewitt & Liang, arXiv 1909.03368.
+    """
+    refuse(draws < 1, f"draws is {draws}: the control needs at least one random labelling.")
+    differences = Differences((chosen, rejected))
+    plan = plan_folds(len(chosen), groups, protocol, folds, seed)
+    # The first labelling is the real one, so that the task and its control are solved side by side.
+    signs = np.hstack([np.ones((plan.n, 1)), random_signs(np.arange(plan.n), draws, seed=seed)])
+    weights, rows = bootstrap_weights(plan.group, bootstrap, seed), []
+    for layer, x in enumerate(differences):
+        real, *controls = np.concatenate([metrics(p, x, weights, "accuracy") for p in fit_labellings(x, plan, signs)])
+        control = np.mean(controls, axis=0)
+        values = {"accuracy": real, "accuracy_control": control, "selectivity": real - control}
+        rows.append({"layer": layer} | with_intervals(values))
+    return DataFrame(rows)
