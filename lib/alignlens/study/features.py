@@ -24,16 +24,13 @@ CALIBRATION_EPOCHS = {"alignlens": 8, "l1": 4, "published": 1}
 
 
 class _Dictionary(Stage):
-    """What autoencoders and crosscoders have in common; subclasses say which models, layers and tokens."""
+    """What autoencoders and crosscoders have in common.
+
+    Subclasses say which models and layers they read, and how streams (one array and one mask of tokens a model) become
+    the rows to train on, by stream, and the mask of all tokens that were kept.
+    """
 
     kind, group, ships, after = "dictionary", "dictionaries", True, ("variant", "random")
-
-    def models(self, s, *args) -> list:
-        raise NotImplementedError
-
-    def layers(self, s, *args) -> list[int]:
-        """The layers that it reads, of those whose tokens are stored."""
-        raise NotImplementedError
 
     def limit(self, s, *args) -> int:
         return s.preset.dictionary_tokens
@@ -60,16 +57,10 @@ class _Dictionary(Stage):
 
     def _streams(self, s, *args) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Streams of each model, and which of their tokens no high norm spoils. Special tokens are no responses."""
-        layers, parts, kept = self.layers(s, *args), [], []
-        for model in self.models(s, *args):
-            tokens = s.tokens(*self._tokens(s, model, *args))
-            parts.append(tokens.at(layers[0]) if len(layers) == 1 else tokens.streams)
-            kept.append(~activations.high_norm(parts[-1]))
-        return parts, kept
-
-    def rows(self, parts, kept) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """The rows to train on by stream, and which tokens were kept."""
-        raise NotImplementedError
+        layers = self.layers(s, *args)
+        tokens = [s.tokens(*self._tokens(s, model, *args)) for model in self.models(s, *args)]
+        parts = [t.at(layers[0]) if len(layers) == 1 else t.streams for t in tokens]
+        return parts, [~activations.high_norm(part) for part in parts]
 
     def make(self, s, folder, *args):
         rows, kept = self.rows(*self._streams(s, *args))
@@ -331,9 +322,6 @@ class Calibration(Stage):
 
     def label(self, s, regime, instrument, seed, samples):
         return f"{regime}-{instrument}-{samples}-seed{seed}"
-
-    def inputs(self, s, *_):
-        return {}
 
     def parameters(self, s, regime, instrument, seed, samples):
         epochs = CALIBRATION_EPOCHS[instrument]

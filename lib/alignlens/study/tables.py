@@ -14,8 +14,7 @@ from alignlens import behavior, preferences, probes
 from alignlens.core import statistics
 from alignlens.preferences import tinyworld
 from alignlens.study import Study, Variant
-
-PROTOCOLS = ("grouped", "published")
+from alignlens.study.measuring import PROTOCOLS
 
 
 def collect(study: Study, make, variants=None) -> pd.DataFrame:
