@@ -62,7 +62,7 @@ def measure(
     table = pd.DataFrame(
         {
             "row": kept,
-            "prompt_id": pairs.prompt_id.to_numpy()[kept],
+            "prompt_id": encoded.prompt_id,
             "chosen_logprob": models.response_logprobs(model, encoded.prompt_ids, encoded.chosen_ids, **options),
             "rejected_logprob": models.response_logprobs(model, encoded.prompt_ids, encoded.rejected_ids, **options),
             "chosen_length": [len(r) for r in encoded.chosen_ids],
@@ -85,7 +85,7 @@ def measure(
     moved = reference is not None or hasattr(model, "disable_adapter")
     samples["kl"] = models.response_kl(model, prompts, made, reference=reference, **options) if moved else 0.0
     if judge is not None:
-        texts = pairs.prompt.to_numpy()[table.row[asked]].tolist()
+        texts = [encoded.prompts[i] for i in asked]
         samples = samples.join(judge.score(texts, samples.response.tolist()).set_index(asked))
     return table.join(samples)
 

@@ -388,7 +388,7 @@ def read(
     if position not in POSITIONS:
         raise ActivationError(f"position={position!r}: choose one of {', '.join(POSITIONS)}")
     formatter, encoded = _encode(tokenizer, pairs, formatter, max_length)
-    rows, prompt_id = np.flatnonzero(encoded.kept), pairs["prompt_id"].to_numpy(str)[encoded.kept]
+    rows, prompt_id = np.flatnonzero(encoded.kept), encoded.prompt_id
     # By causality the prompt's stream does not depend on the response: it is read once and shared by both sides.
     sides = [encoded.chosen_ids, encoded.rejected_ids] if position != "prompt" else [[[]] * len(rows)]
     sequences, starts, places = _unique_sequences(encoded.prompt_ids, sides, position)
@@ -456,7 +456,7 @@ def read_tokens(
     layers = _check_layers(layers, bridged.cfg.n_layers)
 
     rows = np.flatnonzero(encoded.kept)[:taken]
-    index = _token_index(sequences, starts, row, side) | {"kept": np.isin(np.arange(len(pairs)), rows)}
+    index = _token_index(sequences, starts, row, side) | {"kept": np.isin(np.arange(len(encoded.kept)), rows)}
     ends = sizes.cumsum()
     filling = _Filling((int(ends[-1]), len(layers), bridged.cfg.d_model), index, folder)
 
@@ -478,7 +478,7 @@ def read_tokens(
         "kept": taken, "beyond_limit": len(encoded) - taken, "tokens": len(streams), "sequences": len(sequences),
         "bytes": streams.nbytes, "dtype": streams.dtype.name,
     }  # fmt: skip
-    found = Tokens(streams, layers, prompt_id=pairs["prompt_id"].to_numpy(str)[rows], report=report, **index)
+    found = Tokens(streams, layers, prompt_id=encoded.prompt_id[:taken], report=report, **index)
     if folder is None:
         return found
     found._save_facts(folder)
@@ -487,7 +487,7 @@ def read_tokens(
 
 def _encode(tokenizer, pairs, formatter, max_length=None):
     """The formatter and the encoded pairs."""
-    if missing := [name for name in ("prompt", "chosen", "rejected", "prompt_id") if name not in pairs.columns]:
+    if not hasattr(pairs, "prompt_ids") and (missing := [n for n in ("prompt", "chosen", "rejected", "prompt_id") if n not in pairs.columns]):
         raise ActivationError(f"pairs have no column {missing[0]!r}; preferences.load_pairs makes all that are needed")
     if formatter is not None and max_length is not None:
         raise ActivationError("give max_length or a formatter, which has its own, not both")

@@ -264,10 +264,10 @@ class _Bench:
 
     def __init__(self, model, formatter, pairs, layer, position, random, sampled, response_tokens, batch_size, seed):
         encoded, self.sequences, self.starts, self.places = _prepare(formatter, pairs, position)
-        self.prompt_id = pairs["prompt_id"].to_numpy(str)[encoded.kept]
+        self.prompt_id = encoded.prompt_id
         first = np.sort(np.unique(self.prompt_id, return_index=True)[1])[:sampled]
         self.prompts = [encoded.prompt_ids[i] for i in first]
-        self.texts = pairs["prompt"].to_numpy()[encoded.kept][first].tolist()
+        self.texts = [encoded.prompts[i] for i in first]
         longest = [[*ids, *[0] * response_tokens] for ids in self.prompts]
         self.bridged = activations._ready(model, self.sequences + longest, None, False)
         self.layer = _layers([layer], self.bridged.cfg.n_layers)[0]
@@ -512,7 +512,7 @@ def patch(
     margin = logp[:, chosen] - logp[:, rejected]
     if not np.isfinite(margin).all():
         raise CausalError("margins are NaN or infinite: check both models' weights, or run in float32")
-    value, draws = _bootstrap(margin, pairs["prompt_id"].to_numpy(str)[encoded.kept], bootstrap, seed)
+    value, draws = _bootstrap(margin, encoded.prompt_id, bootstrap, seed)
     low, high = np.percentile(draws[1] - draws[0], [2.5, 97.5])
     table = pd.DataFrame({"layer": layers, "margin_target": value[0], "margin_source": value[1]})
     table["margin_patched"] = value[2:]

@@ -341,5 +341,5 @@ def home() -> Path:
 
 
 def place(path: str) -> str:
-    """A preset's path, relative ones taken from the project's folder; URLs and hub ids as they are."""
+    """A preset's path, relative ones taken from the project's folder; URLs and hub ids as they are (a store refuses a URL)."""
     return path if "://" in path or os.path.isabs(path) else str(home() / path)
