@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from alignlens.audit.page import comparison, read, save
-from alignlens.core.errors import ReportError
+from alignlens.core.errors import AuditError
 
 
 def find(audits) -> list[Path]:
@@ -15,15 +15,15 @@ def find(audits) -> list[Path]:
     for part in filter(None, map(str, parts)):
         found = sorted(glob.glob(os.path.expanduser(part))) if glob.has_magic(part) else [part]
         if not found:
-            raise ReportError(f"nothing matches {part!r}: give files, folders or a pattern")
+            raise AuditError(f"nothing matches {part!r}: give files, folders or a pattern")
         out += map(Path, found)
     if len(out) < 2:
-        raise ReportError(f"a comparison needs at least two audits, given: {', '.join(map(str, out)) or 'none'}")
+        raise AuditError(f"a comparison needs at least two audits, given: {', '.join(map(str, out)) or 'none'}")
     return out
 
 
 def gather(paths: list[Path]) -> dict[str, dict]:
-    """Audits by the name of their aligned model. ReportError unless all share base, pairs, format and layers."""
+    """Audits by the name of their aligned model. AuditError unless all share base, pairs, format and layers."""
     results, first = {}, None
     for path in paths:
         result = read(path)
@@ -33,7 +33,7 @@ def gather(paths: list[Path]) -> dict[str, dict]:
         }  # fmt: skip
         first = first or facts
         if differ := [what for what in facts if facts[what] != first[what]]:
-            raise ReportError(
+            raise AuditError(
                 f"{path} and {paths[0]} differ in their {differ[0]} ({facts[differ[0]]} and {first[differ[0]]}): "
                 "compare audits of one base on the same pairs"
             )

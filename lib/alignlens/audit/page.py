@@ -7,7 +7,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from alignlens.audit import features, numbers, pictures, verdicts
 from alignlens.audit.measure import SCHEMA, SECTIONS
-from alignlens.core.errors import ReportError
+from alignlens.core.errors import AuditError
 from alignlens.core.files import replacing_folder
 from alignlens.core.store import write_json
 from alignlens.dictionaries import CUTS
@@ -52,23 +52,23 @@ def save(folder: str | Path, files: dict[str, str | dict]) -> list[Path]:
                 else:
                     write_json(beside / name, content)
     except OSError as error:
-        raise ReportError(f"nothing can be written to {folder.name!r}: {error.strerror or error}") from error
+        raise AuditError(f"nothing can be written to {folder.name!r}: {error.strerror or error}") from error
     return [folder / name for name in files]
 
 
 def read(path: str | Path) -> dict:
-    """The audit in a file or folder. ReportError if it is missing, damaged or of another schema version."""
+    """The audit in a file or folder. AuditError if it is missing, damaged or of another schema version."""
     path = Path(path).expanduser()
     file = path / "audit.json" if path.is_dir() else path
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ReportError(f"{file} does not exist: give an audit.json or the folder that holds one") from None
+        raise AuditError(f"{file} does not exist: give an audit.json or the folder that holds one") from None
     except (OSError, ValueError) as error:
-        raise ReportError(f"{file} is no readable audit.json: {error}") from error
+        raise AuditError(f"{file} is no readable audit.json: {error}") from error
     found = result.get("schema") if isinstance(result, dict) else None
     if found != SCHEMA:
-        raise ReportError(f"{file} has schema {found!r}, this version reads {SCHEMA!r}: make the audit again")
+        raise AuditError(f"{file} has schema {found!r}, this version reads {SCHEMA!r}: make the audit again")
     if missing := [name for name in ("models", "pairs", "format", "methods", *SECTIONS) if name not in result]:
-        raise ReportError(f"{file} has no {missing[0]!r}: it was cut or edited; make the audit again")
+        raise AuditError(f"{file} has no {missing[0]!r}: it was cut or edited; make the audit again")
     return result

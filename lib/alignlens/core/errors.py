@@ -50,11 +50,7 @@ class ClaimError(AlignlensError):
 
 
 class AuditError(AlignlensError):
-    """An audit cannot be made of these models, pairs or parameters."""
-
-
-class ReportError(AlignlensError):
-    """An audit cannot be read or set beside others."""
+    """An audit cannot be made of these models, pairs or parameters, or a report cannot be read."""
 
 
 class NotMeasured(AlignlensError):
