@@ -341,5 +341,5 @@ def home() -> Path:
 
 
 def place(path: str) -> str:
-    """A preset's path, relative ones taken from the project's folder; URLs and hub ids as they are (a store refuses a URL)."""
+    """A preset's path, relative ones taken from the project's folder; URLs and hub ids stay as they are."""
     return path if "://" in path or os.path.isabs(path) else str(home() / path)
