@@ -43,7 +43,7 @@ def run(study, steps: list[list[tuple[str, tuple]]]) -> None:
     bar = tqdm(total=total, disable=not study.progress or not total, file=sys.stdout, leave=False)
     with bar, _pool(study, total) as pool:
         for tasks in steps:
-            futures = {pool.submit(_work, study.preset, *task): task for task in tasks} if pool else {}
+            futures = {pool.submit(_work, type(study), study.preset, *task): task for task in tasks} if pool else {}
             try:
                 for done in as_completed(futures) if pool else tasks:
                     name, args = futures[done] if pool else done
@@ -62,6 +62,7 @@ def _pool(study, tasks: int):
     jobs = study.preset.jobs or (1 if study.device != "cpu" else min(2, os.cpu_count() or 1))
     if jobs == 1 or tasks < 2:
         return nullcontext()
+    # Not joblib: its workers go on for a while when the notebook that started them is killed.
     return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_start_worker)
 
 
@@ -75,11 +76,9 @@ def _start_worker() -> None:
 _studies: dict[str, object] = {}
 
 
-def _work(preset, name: str, args: tuple) -> None:
-    """One task in a worker; what it makes goes to the store, so nothing is sent back."""
-    from alignlens.study.front import Study  # noqa: PLC0415  the front door asks the runner; a worker goes through it
-
+def _work(kind: type, preset, name: str, args: tuple) -> None:
+    """One task in a worker, on its own study of the preset; what it makes goes to the store, so nothing is sent back."""
     key = repr(preset)
     if key not in _studies:
-        _studies[key] = Study(preset, progress=False)
+        _studies[key] = kind(preset, progress=False)
     _studies[key].get(name, *args)
