@@ -7,30 +7,13 @@ the paper reports, so a flat result is "not replicated" only where the study cou
 """
 
 from alignlens.claims.evidence import TABLES, read_tables
-from alignlens.claims.ledger import CLAIMS, PAPER, check, frame, ledger, read, write
-from alignlens.claims.paper import auroc_error, class_shares, protocol_floors, published, reanalysis
-from alignlens.claims.rules import (
-    BROAD,
-    CHANGED,
-    CONCENTRATED,
-    NOT_REPLICATED,
-    NOT_TESTABLE,
-    NULLS,
-    REPLICATED,
-    VERDICTS,
-    judge_breadth,
-    judge_change,
-    judge_depth,
-    judge_equivalence,
-    judge_families,
-    reference_changes,
-)  # fmt: skip
+from alignlens.claims.judging import CLAIMS, PAPER, check, frame, ledger, read, write
+from alignlens.claims.paper import auroc_error, class_shares, published, reanalysis
+from alignlens.claims.rules import CHANGED, NOT_REPLICATED, NOT_TESTABLE, REPLICATED, VERDICTS, reference_changes
 from alignlens.core.errors import ClaimError
-from alignlens.core.settings import METHODS
 
 __all__ = [
-    "BROAD", "CHANGED", "CLAIMS", "CONCENTRATED", "METHODS", "NOT_REPLICATED", "NOT_TESTABLE", "NULLS", "PAPER",
-    "REPLICATED", "TABLES", "VERDICTS", "ClaimError", "auroc_error", "check", "class_shares", "frame", "judge_breadth",
-    "judge_change", "judge_depth", "judge_equivalence", "judge_families", "ledger", "protocol_floors", "published",
-    "read", "read_tables", "reanalysis", "reference_changes", "write",
+    "CHANGED", "CLAIMS", "NOT_REPLICATED", "NOT_TESTABLE", "PAPER", "REPLICATED", "TABLES", "VERDICTS", "ClaimError",
+    "auroc_error", "check", "class_shares", "frame", "ledger", "published", "read", "read_tables", "reanalysis",
+    "reference_changes", "write",
 ]  # fmt: skip

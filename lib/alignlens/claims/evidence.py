@@ -1,7 +1,5 @@
 """What claims are judged from: sentences with numbers that know their table, and the tables of a study."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,29 +9,33 @@ import pandas as pd
 
 from alignlens.claims.rules import reference_changes
 from alignlens.core.errors import ClaimError
+from alignlens.core.settings import METHODS
 
 TABLES = {
     "transfer_gaps": "family method layer auroc_base difference difference_low difference_high",
     "layer_metrics_grouped": "family method layer auroc auroc_low auroc_high",
     "layer_metrics_published": "family method layer auroc auroc_low auroc_high",
-    "data_matters": "family set protocol auroc",
-    "best_layers": "family method seed auroc_grouped",
-    "objectives": "family method moved",
-    "doses": "family method dose",
+    "data_matters": "family set protocol auroc", "best_layers": "family method seed auroc_grouped",
+    "objectives": "family method moved", "doses": "family method dose", "causal": "method name measure beats",
     "crosscoder_labels": "family method label share count",
     "published_classes": "family method thresholds class share",
     "geometry": "family method layer rotation_degrees norm_ratio",
     "decomposition_seeds": "family method layer rotated attenuated",
     "dose_response": "family method share kl change change_low change_high",
-    "causal": "method name measure beats",
-}
+}  # fmt: skip
 """Tables that the ledger reads, as their CSV in ``figures/<preset>`` is named, with columns; any may be missing."""
+
+
+def of(table: pd.DataFrame, *methods: str) -> pd.DataFrame:
+    """Rows of these methods."""
+    return table[table.method.isin(methods)]
 
 
 @dataclass
 class Evidence:
     """Sentences and the numbers in them; each number knows the table it comes from."""
 
+    run: str = ""  # what made the numbers
     sentences: list[str] = field(default_factory=list)
     numbers: list[dict] = field(default_factory=list)
 
@@ -64,14 +66,13 @@ class Evidence:
         if not math.isfinite(value):
             return "not measured"
         source = f"{source}.csv" if source in TABLES else f"data/published/{source}.csv"
-        number = {"name": name, "family": family, "method": method}
-        self.numbers.append(number | {"value": float(value), "low": float(low), "high": float(high), "source": source})
+        number = {"name": name, "family": family, "method": method, "value": float(value), "low": float(low)}
+        self.numbers.append(number | {"high": float(high), "source": source, "run": self.run})
         form = "{:+.3f}" if "change" in name else "{:.3g}" if abs(value) >= 10 else "{:.3f}"
         return (f"{form} [{form}, {form}]" if math.isfinite(low) else form).format(value, low, high)
 
-    def plain(self, run: str) -> dict:
-        numbers = [{**number, "run": run} for number in self.numbers]
-        return {"text": "\n".join(self.sentences) or "Not measured.", "numbers": numbers}
+    def plain(self) -> dict:
+        return {"text": "\n".join(self.sentences) or "Not measured.", "numbers": self.numbers}
 
 
 class Tables(dict):
@@ -81,47 +82,34 @@ class Tables(dict):
     """
 
     def __init__(self, tables: dict[str, pd.DataFrame], dose: float | None):
-        super().__init__({name: pd.DataFrame(columns=columns.split()) for name, columns in TABLES.items()})
-        self.update({name: table for name, table in tables.items() if name in TABLES and len(table)})
         self.dose = dose
         for name, columns in TABLES.items():
-            if missing := [c for c in columns.split() if c not in self[name]]:
-                raise ClaimError(
-                    f"Table {name} has no column {missing[0]!r}: pass it as {name}.csv in figures/ has it."
-                )
-
-    @cached_property
-    def learnt(self) -> set[tuple[str, str]]:
-        """(family, method) of what moved its objective and went at least half of the target dose."""
-        moved = self["objectives"][self["objectives"].moved == "moved"]
-        found = set(zip(moved.family, moved.method, strict=True))
-        if self.dose and len(self["doses"]):
-            mean = self["doses"].groupby(["family", "method"]).dose.mean()
-            found &= set(mean.index[mean >= self.dose / 2])
-        return found
+            table, columns = tables.get(name), columns.split()
+            self[name] = pd.DataFrame(columns=columns, dtype=float) if table is None or table.empty else table
+            if missing := [c for c in columns if c not in self[name]]:
+                raise ClaimError(f"Table {name} has no column {missing[0]!r}: pass it as figures/ has it.")
 
     @cached_property
     def changes(self) -> pd.DataFrame:
-        """``reference_changes`` with trained: whether the method learnt something there."""
-        if self["transfer_gaps"].empty:
-            return pd.DataFrame(columns=["family", "method", "layer", "change", "low", "high", "p", "q", "trained"])
-        found = reference_changes(self["transfer_gaps"])
-        return found.assign(trained=[key in self.learnt for key in zip(found.family, found.method, strict=True)])
+        """``reference_changes``, method by method, with trained: the method learnt something there.
+
+        It moved its objective and went at least half of the target dose.
+        """
+        key, doses = ["family", "method"], self["doses"]
+        found = reference_changes(self["transfer_gaps"]).merge(self["objectives"][[*key, "moved"]], how="left", on=key)
+        found["trained"] = found.moved == "moved"
+        if self.dose and len(doses):
+            mean = doses.groupby(key, as_index=False).dose.mean()
+            found["trained"] &= found[key].merge(mean, how="left", on=key).dose >= self.dose / 2
+        return pd.concat([of(found, method) for method in METHODS])
 
     @cached_property
     def published_changes(self) -> pd.DataFrame:
-        """Best layer against best layer, under the published protocol on this study's own pairs."""
+        """Best layer against best layer, under the published protocol on this study's own pairs; method by method."""
         best = self["layer_metrics_published"].groupby(["family", "method"]).auroc.max().reset_index()
-        base = best[best.method == "base"].set_index("family").auroc
-        return best.assign(change=best.auroc - best.family.map(base)).dropna(subset="change")
-
-    def at_reference(self, table: pd.DataFrame) -> pd.DataFrame:
-        """Rows at each family's reference layer, or at the nearest layer that was measured."""
-        layers, parts = self.changes.groupby("family").layer.first(), []
-        for family, rows in table.groupby("family", sort=False):
-            distance = (rows.layer - layers.get(family, rows.layer.median())).abs()
-            parts.append(rows[rows.layer == rows.layer[distance.idxmin()]])
-        return pd.concat(parts, ignore_index=True)
+        base = of(best, "base").set_index("family").auroc
+        best = best.assign(change=best.auroc - best.family.map(base)).dropna(subset="change")
+        return pd.concat([of(best, method) for method in METHODS])
 
 
 def read_tables(folder: str | Path) -> dict[str, pd.DataFrame]:

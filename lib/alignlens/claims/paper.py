@@ -1,14 +1,11 @@
 """The published numbers of arXiv 2606.09850 alone (``data/published``), beside what they can be compared with."""
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from alignlens import probes
 from alignlens.core.errors import ClaimError
 from alignlens.core.settings import place
 
@@ -38,19 +35,6 @@ def auroc_error(auroc, pairs):
     return np.sqrt(2 * variance)
 
 
-def protocol_floors(shapes, *, draws: int = 3) -> pd.DataFrame:
-    """The published protocol on Gaussian noise: pairs, d_model, seed, floor for each (pairs, d_model) of ``shapes``.
-
-    ``data/published/noise_floors.csv`` holds the paper's six shapes; one core needs about 0.3 s a draw at 897 pairs
-    and 4 s and 1 GB at 10,000 x 3,072.
-    """
-    table = pd.DataFrame(
-        [(n, d, seed) for n, d in shapes for seed in range(draws)], columns=["pairs", "d_model", "seed"]
-    )
-    floors = [probes.noise_floor(n, d, protocol="published", seed=seed) for n, d, seed in table.to_numpy().tolist()]
-    return table.assign(floor=floors)
-
-
 @cache
 def reanalysis() -> pd.DataFrame:
     """The paper's probe results against what they can be compared with, one row a family and method.
@@ -62,16 +46,16 @@ def reanalysis() -> pd.DataFrame:
     above_floor : (auroc - floor) / (1 - floor); above_floor_change : against the base. Gaussian noise has full rank, so
     the floor of real, correlated features is lower.
     """
-    layers = published("probe_metrics").sort_values("layer")
-    floors = published("noise_floors").groupby(["pairs", "d_model"], as_index=False).floor.mean()
-    best = layers.loc[layers.groupby(MODEL).auroc.idxmax()].rename(columns={"layer": "best_layer"})
-    table = published("models")[[*MODEL, "pairs", "d_model", "probe_set", "layers"]]
-    table = table.merge(best.drop(columns="accuracy")).assign(error=lambda t: auroc_error(t.auroc, t.pairs))
-    curves = layers.merge(table[[*MODEL, "auroc", "error"]], on=MODEL, suffixes=("", "_best"))
-    curves = curves[curves.auroc >= curves.auroc_best - 2 * curves.error].groupby(MODEL).layer
-    first = layers[layers.layer == 0].rename(columns={"auroc": "layer0"})[[*MODEL, "layer0"]]
-    plateau = curves.agg(plateau_first="min", plateau_last="max").reset_index()
-    table = table.merge(first).merge(plateau).merge(floors, on=["pairs", "d_model"])
+    layers = published("probe_metrics").drop(columns="accuracy").sort_values("layer")
+    curves, floors = layers.groupby(MODEL).auroc, published("noise_floors").groupby(["pairs", "d_model"]).floor.mean()
+    best = layers.loc[curves.idxmax()].rename(columns={"layer": "best_layer"})
+    table = published("models")[[*MODEL, "pairs", "d_model", "probe_set", "layers"]].merge(best)
+    table["error"] = auroc_error(table.auroc, table.pairs)
+    near = layers.merge(table[[*MODEL, "auroc", "error"]], on=MODEL, suffixes=("", "_best"))
+    near = near[near.auroc >= near.auroc_best - 2 * near.error].groupby(MODEL).layer
+    plateau = near.agg(plateau_first="min", plateau_last="max").assign(layer0=curves.first())
+    table = table.merge(plateau[["layer0", "plateau_first", "plateau_last"]].reset_index(), on=MODEL)
+    table = table.join(floors, on=["pairs", "d_model"])
     table["above_floor"] = (table.auroc - table.floor) / (1 - table.floor)
     base = table[table.method == "base"].set_index("family")
     for name, new in (("auroc", "change"), ("layer0", "layer0_change"), ("above_floor", "above_floor_change")):

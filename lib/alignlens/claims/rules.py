@@ -4,8 +4,6 @@ A majority is two thirds of the families, and two must be measured. A row with N
 nothing. "Not replicated" needs power: the study could have seen the published effect.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 
@@ -25,16 +23,19 @@ LEVEL = 0.05  # false discovery rate over families x methods
 MAJORITY = 2 / 3  # of the families must agree
 INTERVAL = ["change", "low", "high"]
 PLACES = {
-    "plateau inside the network": REPLICATED,
-    "a narrow plateau at an end": CHANGED,
-    "flat": NOT_REPLICATED,
+    "plateau inside the network": REPLICATED, "a narrow plateau at an end": CHANGED, "flat": NOT_REPLICATED,
     "too wide an interval to place it": NOT_TESTABLE,
-}
+}  # fmt: skip
 
 
 def majority(count: int, families: int) -> bool:
     """Whether so many of so many families are enough to judge by."""
     return families >= 2 and count >= math.ceil(MAJORITY * families - 1e-9)
+
+
+def by_majority(families: int, counts: dict[str, int]) -> str:
+    """The first verdict that a majority of families supports."""
+    return next((verdict for verdict, count in counts.items() if majority(count, families)), NOT_TESTABLE)
 
 
 def reference_changes(transfer: pd.DataFrame) -> pd.DataFrame:
@@ -72,7 +73,7 @@ def judge_change(table: pd.DataFrame, sign: int, effect: float) -> tuple[str, st
     short = (found.high < effect) if sign > 0 else (found.low > -effect)
     excluded = int((short & found.trained.astype(bool)).sum())
     said += f"; {excluded} of {families} intervals of trained variants exclude the published {sign * effect:+.3f}"
-    return (NOT_REPLICATED if majority(excluded, families) else NOT_TESTABLE), said
+    return by_majority(families, {NOT_REPLICATED: excluded}), said
 
 
 def judge_equivalence(table: pd.DataFrame) -> tuple[str, str]:
@@ -90,9 +91,8 @@ def judge_equivalence(table: pd.DataFrame) -> tuple[str, str]:
     beyond = int(((learnt.low > MARGIN) | (learnt.high < -MARGIN)).sum())
     widest = learnt[["low", "high"]].abs().max(axis=None)
     said = f"{inside} of {families} intervals lie within ±{MARGIN:.3f} and {beyond} beyond; they reach {widest:.3f}"
-    if majority(inside, families):
-        return REPLICATED, said
-    return (NOT_REPLICATED, said) if majority(beyond, families) else (NOT_TESTABLE, f"not shown: {said}")
+    verdict = by_majority(families, {REPLICATED: inside, NOT_REPLICATED: beyond})
+    return verdict, f"not shown: {said}" if verdict == NOT_TESTABLE else said
 
 
 def judge_depth(table: pd.DataFrame) -> tuple[str, str]:
@@ -106,18 +106,16 @@ def judge_depth(table: pd.DataFrame) -> tuple[str, str]:
     found = table.dropna(subset=["auroc", "auroc_low", "auroc_high"]).groupby("family", sort=False)
     counts = Counter(_place(rows) for _, rows in found)
     said = "; ".join(f"{words} in {counts[words]} of {families} families" for words in PLACES)
-    return next((v for words, v in PLACES.items() if majority(counts[words], families)), NOT_TESTABLE), said
+    return by_majority(families, {verdict: counts[words] for words, verdict in PLACES.items()}), said
 
 
 def _place(rows: pd.DataFrame) -> str:
-    middle, end, flat, wide = PLACES
     best = rows.loc[rows.auroc.idxmax()]
     plateau = rows.layer[rows.auroc >= best.auroc_low]
-    if not plateau.isin([rows.layer.min(), rows.layer.max()]).any():
-        return middle
-    if plateau.nunique() <= len(rows) / 2:
-        return end
-    return flat if max(np.ptp(rows.auroc), (best.auroc_high - best.auroc_low) / 2) <= MARGIN else wide
+    inside = not plateau.isin([rows.layer.min(), rows.layer.max()]).any()
+    narrow = plateau.nunique() <= len(rows) / 2
+    flat = max(np.ptp(rows.auroc), (best.auroc_high - best.auroc_low) / 2) <= MARGIN
+    return next(words for words, holds in zip(PLACES, (inside, narrow, flat, True), strict=True) if holds)
 
 
 def judge_families(table: pd.DataFrame, spread: float) -> tuple[str, str]:
@@ -130,25 +128,21 @@ def judge_families(table: pd.DataFrame, spread: float) -> tuple[str, str]:
     would be seen (median over rows) is below the published range. Else not testable here.
     """
     found = table.dropna(subset=INTERVAL)
-    found = found.assign(error=standard_error(found.low, found.high))
     found = found[found.groupby("method").family.transform("nunique") >= 2]
     if not len(found):
         return NOT_TESTABLE, "no method is measured in two families"
-    p = corrected(pd.Series({method: _cochran(rows) for method, rows in found.groupby("method", sort=False)}))
+    error = standard_error(found.low, found.high)
+    found = found.assign(weight=error**-2, weighted=found.change * error**-2)
+    total = found.groupby("method")[["weight", "weighted"]].transform("sum")
+    q = (found.weight * (found.change - total.weighted / total.weight) ** 2).groupby(found.method, sort=False)
+    p = corrected(pd.Series(chi2.sf(q.sum(), q.size() - 1), index=q.size().index))
     differ = list(p.index[p < LEVEL])
     said = f"families differ for {', '.join(differ) or 'no method'} (smallest corrected p {p.min():.2g})"
     if differ:
         return REPLICATED, said
-    seen = Z95 * math.sqrt(2) * float(found.error.median())
+    seen = Z95 * math.sqrt(2) * float(error.median())
     said += f"; a difference of {seen:.3f} would be seen, the published range is {spread:.3f}"
     return (NOT_REPLICATED if seen < spread else NOT_TESTABLE), said
-
-
-def _cochran(rows: pd.DataFrame) -> float:
-    """p of no difference between rows with a change and its error."""
-    weight = rows.error**-2
-    q = (weight * (rows.change - np.average(rows.change, weights=weight)) ** 2).sum()
-    return chi2.sf(q, len(rows) - 1)
 
 
 def judge_breadth(labels: pd.DataFrame, share: float) -> tuple[str, str]:
@@ -173,11 +167,8 @@ def judge_breadth(labels: pd.DataFrame, share: float) -> tuple[str, str]:
         f"broad above concentrated and above the nulls in {ordered} of {families} families; "
         f"any method above its nulls in {exceeding}; upper bounds below the published share {share:.3f} in {small}"
     )
-    if majority(ordered, families):
-        return REPLICATED, said
-    if majority(small, families):
-        return NOT_REPLICATED, said
-    return (CHANGED if families >= 2 and exceeding else NOT_TESTABLE), said
+    verdict = by_majority(families, {REPLICATED: ordered, NOT_REPLICATED: small})
+    return CHANGED if verdict == NOT_TESTABLE and families >= 2 and exceeding else verdict, said
 
 
 def live(labels: pd.DataFrame) -> pd.Series:

@@ -1,7 +1,5 @@
 """The claims of the paper with the rules that judge them, and the ledger: every verdict with its evidence."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,14 +8,14 @@ from typing import NamedTuple
 import pandas as pd
 
 from alignlens.claims import cases
-from alignlens.claims.evidence import Tables
+from alignlens.claims.evidence import Evidence, Tables
 from alignlens.claims.rules import LEVEL, MARGIN, VERDICTS
 from alignlens.core import store
 from alignlens.core.errors import ClaimError
 
 SCHEMA = "alignlens.claims/1"
 PAPER = "arXiv 2606.09850"
-PARTS = {"published": "paper", "here_published": "here", "here_sound": "sound"}
+PARTS = ("published", "here_published", "here_sound")
 
 
 class Claim(NamedTuple):
@@ -36,10 +34,9 @@ class Claim(NamedTuple):
 
 
 COMMON = "Two methods: their common verdict; changed if only one holds."
+RISE = "KTO raises the separability of chosen and rejected answers."
 CLAIMS = (
-    Claim(
-        "C1", "KTO raises the separability of chosen and rejected answers.", cases.change, (("kto",), 1, "few pairs")
-    ),
+    Claim("C1", RISE, cases.change, (("kto",), 1, "few pairs")),
     Claim("C2", "GRPO raises separability.", cases.change, (("grpo",), 1, "repeated answers")),
     Claim("C3", "DPO and ORPO lower separability.", cases.change, (("dpo", "orpo"), -1), COMMON),
     Claim("C4", "DPO and ORPO lower it through rotation and attenuation.", cases.mechanism),
@@ -59,11 +56,11 @@ def ledger(tables: dict[str, pd.DataFrame], *, run_id: str, preset: str, dose: f
     "here_published": ..., "here_sound": ..., "verdict", "because", "sources"}]}. Each number has name, family, method,
     value, low, high, source and run. Raises ClaimError for a table without the columns that a rule reads.
     """
-    study, found, runs = Tables(tables, dose), [], {"paper": PAPER, "here": run_id, "sound": run_id}
+    study, found = Tables(tables, dose), []
     for claim in CLAIMS:
-        case = cases.Case(study)
-        verdict, because = claim.judge(case, *claim.arguments)
-        parts = {name: getattr(case, part).plain(runs[part]) for name, part in PARTS.items()}
+        evidence = {name: Evidence(PAPER if name == "published" else run_id) for name in PARTS}
+        verdict, because = claim.judge(study, *evidence.values(), *claim.arguments)
+        parts = {name: part.plain() for name, part in evidence.items()}
         sources = list(dict.fromkeys(number["source"] for part in parts.values() for number in part["numbers"]))
         words = {"id": claim.id, "statement": claim.statement, "rule": claim.rule}
         found.append({**words, **parts, "verdict": verdict, "because": because, "sources": sources})
@@ -72,36 +69,29 @@ def ledger(tables: dict[str, pd.DataFrame], *, run_id: str, preset: str, dose: f
 
 def frame(document: dict) -> pd.DataFrame:
     """A ledger as a table of text, one row a claim."""
-    check(document)
-    table = pd.DataFrame(document["claims"])
-    for name in PARTS:
-        table[name] = [part["text"].replace("\n", " ") for part in table[name]]
-    table = table.assign(sources=table.sources.map("; ".join), run_id=document["run_id"])
+    table = pd.DataFrame(check(document)["claims"]).assign(run_id=document["run_id"])
+    table[[*PARTS]] = table[[*PARTS]].map(lambda part: part["text"].replace("\n", " "))
+    table["sources"] = table.sources.map("; ".join)
     return table[["id", "statement", "verdict", "because", *PARTS, "rule", "sources", "run_id"]]
 
 
 def write(document: dict, path: str | Path) -> None:
     """Write a ledger as JSON, beside its place first; numbers that do not exist become null."""
-    check(document)
-    path = Path(path)
-    beside = path.with_name(f".{path.name}")
-    store.write_json(beside, document)
+    beside = Path(path).with_name(f".{Path(path).name}")
+    store.write_json(beside, check(document))
     beside.replace(path)
 
 
 def read(path: str | Path) -> dict:
     """Read and check what ``write`` wrote."""
-    document = json.loads(Path(path).read_text(encoding="utf-8"))
-    check(document)
-    return document
+    return check(json.loads(Path(path).read_text(encoding="utf-8")))
 
 
-def check(document: dict) -> None:
-    """Raise ClaimError unless a document is a ledger of this version, with a known verdict for every claim."""
-    if document.get("schema") != SCHEMA:
-        raise ClaimError(
-            f"The ledger says schema {document.get('schema')!r}, this version reads {SCHEMA!r}: make it anew."
-        )
+def check(document: dict) -> dict:
+    """The document; raises ClaimError unless it is a ledger of this version, with a known verdict for every claim."""
+    if (schema := document.get("schema")) != SCHEMA:
+        raise ClaimError(f"The ledger says schema {schema!r}, this version reads {SCHEMA!r}: make it anew.")
     for claim in document.get("claims", []):
         if claim.get("verdict") not in VERDICTS:
             raise ClaimError(f"Claim {claim.get('id')} has the verdict {claim.get('verdict')!r}: one of {VERDICTS}.")
+    return document
