@@ -18,6 +18,7 @@ from alignlens.core.statistics import standard_error
 from alignlens.study.mechanisms import matched_dose
 
 Verdict = tuple[str, str]  # verdict, because
+NOT_MEASURED = NOT_TESTABLE, "not measured"
 # Of rotation and attenuation, the most direct first: the table, 1 if more of it is more and -1 if less is, words.
 MEASURES = {
     "rotated": ("decomposition_seeds", 1, "AUROC that only the variant's own probe still reads"),
@@ -69,7 +70,7 @@ def _by_method(study, paper, here, sound, methods, rule: Callable, more: Callabl
         here.tell(text, own, "layer_metrics_published", "change")
         text = f"{method}, grouped folds, at the base's best layer: %s; learnt something in "
         sound.tell(f"{text}{found.trained.sum()} families.", found, "transfer_gaps", "change")
-        judged[method] = rule(found, rows.change.median()) if len(found) else (NOT_TESTABLE, "not measured")
+        judged[method] = rule(found, rows.change.median()) if len(found) else NOT_MEASURED
     _contrast(study, here, sound, contrast)
     _matched(study, sound, methods)
     because = "; ".join(f"{method}: {reason}" for method, (_, reason) in judged.items())
@@ -224,7 +225,7 @@ def depth(study: Tables, paper: Evidence, here: Evidence, sound: Evidence) -> Ve
         top = top.rename(columns={"auroc_low": "low", "auroc_high": "high"})
         where = ", ".join(f"{r.family} {r.layer} of {layers.nunique()[r.family]}" for r in top.itertuples())
         out.tell(f"Base, best AUROC: %s, at layer {where}.", top, source, "best AUROC", "auroc")
-    return rules.judge_depth(found) if len(found) else (NOT_TESTABLE, "not measured")
+    return rules.judge_depth(found) if len(found) else NOT_MEASURED
 
 
 def families(study: Tables, paper: Evidence, here: Evidence, sound: Evidence) -> Verdict:
@@ -238,7 +239,7 @@ def families(study: Tables, paper: Evidence, here: Evidence, sound: Evidence) ->
     _range(here, text_here, study.published_changes, "layer_metrics_published")
     _range(sound, f"{text}, grouped folds, at the base's best layer: %s.", study.changes, "transfer_gaps")
     if study.changes.empty:
-        return NOT_TESTABLE, "not measured"
+        return NOT_MEASURED
     seeds = of(study["best_layers"], *METHODS).groupby(["family", "method"]).auroc_grouped.std()
     if seeds.notna().any():
         said = sound.add("best_layers", "spread over seeds", np.sqrt((seeds**2).mean()))
@@ -262,11 +263,8 @@ def breadth(study: Tables, paper: Evidence, here: Evidence, sound: Evidence) -> 
     """
     shares = class_shares().query("run != 'rescue'").groupby(["family", "method"]).aligned_only.mean().reset_index()
     broad, narrow = (of(shares, *names).groupby("family").aligned_only for names in (BROAD, CONCENTRATED))
-    order, source, name = (
-        pd.DataFrame({"low": broad.min(), "high": narrow.max()}),
-        "crosscoder_classes",
-        "aligned-only share",
-    )
+    source, name = "crosscoder_classes", "aligned-only share"
+    order = pd.DataFrame({"low": broad.min(), "high": narrow.max()})
     for family, low, high in order.itertuples():
         low = paper.add(source, f"{name}, lowest broad", low, family=family)
         high = paper.add(source, f"{name}, highest concentrated", high, family=family)
@@ -275,14 +273,12 @@ def breadth(study: Tables, paper: Evidence, here: Evidence, sound: Evidence) -> 
     paper.say(f"The order holds in {held} of {len(order)} families; PPO and nulls are not published.")
     own = study["published_classes"].query("thresholds == 'adaptive' and `class` == 'aligned_only'")
     labels = study["crosscoder_labels"]
+    only = labels[labels.label == "aligned_only"]
     for words, names in {"broad": BROAD, "concentrated": CONCENTRATED, "nulls": NULLS}.items():
         if len(part := of(own, *names)):
             said = here.add("published_classes", f"{name}, {words}", part.share.mean())
             here.say(f"Aligned-only share, {words}: {said} in the mean.")
-        part = (
-            of(labels[labels.label == "aligned_only"], *names).groupby("family", sort=False).share.max().reset_index()
-        )
+        part = of(only, *names).groupby("family", sort=False, as_index=False).share.max()
         text = f"Largest aligned-only share of live latents, {words}: %s."
         sound.tell(text, part, "crosscoder_labels", f"largest {name}, {words}", "share")
-    published_share = of(shares, *BROAD).aligned_only.median()
-    return rules.judge_breadth(labels, published_share) if len(labels) else (NOT_TESTABLE, "not measured")
+    return rules.judge_breadth(labels, of(shares, *BROAD).aligned_only.median()) if len(labels) else NOT_MEASURED
