@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from alignlens import claims
-from alignlens.claims import CHANGED, NOT_REPLICATED, NOT_TESTABLE, REPLICATED
+from alignlens import claims, probes
+from alignlens.claims import CHANGED, NOT_REPLICATED, NOT_TESTABLE, REPLICATED, rules
+from alignlens.core.settings import METHODS
 
 FAMILIES = ("llama", "qwen3", "smollm3")
 
@@ -27,7 +28,7 @@ def transfer(planted, half=0.01, layers=4):
     """``transfer_gaps``: the base is best at layer 2, where each method has its planted change; elsewhere none."""
     rows = []
     for family in FAMILIES:
-        for method in claims.METHODS:
+        for method in METHODS:
             for layer in range(layers):
                 change = planted.get(method, 0.0) if layer == 2 else 0.0
                 base = 0.8 if layer == 2 else 0.7
@@ -39,7 +40,7 @@ def transfer(planted, half=0.01, layers=4):
 
 def study(planted, half=0.01, **more):
     """The tables that a verdict on change needs, with methods that all moved their objective."""
-    moved = [{"family": f, "method": m, "moved": "moved"} for f in FAMILIES for m in claims.METHODS]
+    moved = [{"family": f, "method": m, "moved": "moved"} for f in FAMILIES for m in METHODS]
     return {"transfer_gaps": transfer(planted, half), "objectives": pd.DataFrame(moved)} | more
 
 
@@ -70,15 +71,15 @@ def verdicts(tables, **options):
 def test_a_claimed_change_is_judged_by_sign_interval_and_power(values, half, expected, sign):
     """A fall is judged as the mirror image of a rise."""
     table = changes(sign * np.array(values), half)
-    assert claims.judge_change(table, sign, effect=0.05)[0] == expected
+    assert rules.judge_change(table, sign, effect=0.05)[0] == expected
 
 
 def test_a_method_that_learnt_nothing_refutes_nothing():
-    assert claims.judge_change(changes([0, 0, 0], 0.02, trained=False), 1, 0.05)[0] == NOT_TESTABLE
+    assert rules.judge_change(changes([0, 0, 0], 0.02, trained=False), 1, 0.05)[0] == NOT_TESTABLE
 
 
 def test_a_published_effect_of_the_other_sign_cannot_be_refuted():
-    assert claims.judge_change(changes([0, 0, 0], 0.01), 1, effect=-0.03)[0] == NOT_TESTABLE
+    assert rules.judge_change(changes([0, 0, 0], 0.01), 1, effect=-0.03)[0] == NOT_TESTABLE
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,7 @@ def test_a_published_effect_of_the_other_sign_cannot_be_refuted():
     ],
 )
 def test_preserving_needs_an_interval_inside_the_margin(values, half, trained, expected):
-    assert claims.judge_equivalence(changes(values, half, trained=trained))[0] == expected
+    assert rules.judge_equivalence(changes(values, half, trained=trained))[0] == expected
 
 
 @pytest.mark.parametrize(
@@ -109,12 +110,12 @@ def test_depth_is_judged_by_the_plateau(curve, half, expected):
     curve = np.array(curve)
     rows = pd.DataFrame({"layer": range(6), "auroc": curve, "auroc_low": curve - half, "auroc_high": curve + half})
     table = pd.concat([rows.assign(family=f) for f in FAMILIES])
-    assert claims.judge_depth(table)[0] == expected
+    assert rules.judge_depth(table)[0] == expected
 
 
 def test_families_differ_only_beyond_their_errors():
     def judge(values, half):
-        return claims.judge_families(changes(values, half).assign(method="dpo"), spread=0.05)[0]
+        return rules.judge_families(changes(values, half).assign(method="dpo"), spread=0.05)[0]
 
     assert judge([0.0, 0.1, 0.2], 0.02) == REPLICATED
     assert judge([0.0, 0.0, 0.0], 0.02) == NOT_REPLICATED
@@ -125,10 +126,9 @@ def test_families_differ_only_beyond_their_errors():
 def test_heterogeneity_is_rarely_claimed_where_there_is_none():
     rng = np.random.default_rng(0)
     tables = [
-        pd.concat([changes(rng.normal(0, 0.01, 3), 0.0196).assign(method=m) for m in claims.METHODS])
-        for _ in range(200)
+        pd.concat([changes(rng.normal(0, 0.01, 3), 0.0196).assign(method=m) for m in METHODS]) for _ in range(200)
     ]
-    found = np.mean([claims.judge_families(t, 0.05)[0] == REPLICATED for t in tables])
+    found = np.mean([rules.judge_families(t, 0.05)[0] == REPLICATED for t in tables])
     assert found < 0.1
 
 
@@ -143,13 +143,13 @@ def labels(shares, live=500):
 
 
 def test_breadth_needs_order_and_nulls():
-    broad, narrow, null = dict.fromkeys(claims.BROAD, 0.2), {"kto": 0.02, "orpo": 0.03}, {"seeds": 0.01, "self": 0.0}
-    assert claims.judge_breadth(labels(broad | narrow | null), 0.12)[0] == REPLICATED
-    assert claims.judge_breadth(labels(broad | narrow | {"seeds": 0.2}), 0.12)[0] != REPLICATED
-    flat = dict.fromkeys(claims.METHODS, 0.002)
-    assert claims.judge_breadth(labels(flat | null), 0.12)[0] == NOT_REPLICATED
-    assert claims.judge_breadth(labels(flat | null, live=10), 0.12)[0] == NOT_TESTABLE
-    assert claims.judge_breadth(labels(narrow | {"kto": 0.3, "dpo": 0.2} | null), 0.12)[0] == CHANGED
+    broad, narrow, null = dict.fromkeys(rules.BROAD, 0.2), {"kto": 0.02, "orpo": 0.03}, {"seeds": 0.01, "self": 0.0}
+    assert rules.judge_breadth(labels(broad | narrow | null), 0.12)[0] == REPLICATED
+    assert rules.judge_breadth(labels(broad | narrow | {"seeds": 0.2}), 0.12)[0] != REPLICATED
+    flat = dict.fromkeys(METHODS, 0.002)
+    assert rules.judge_breadth(labels(flat | null), 0.12)[0] == NOT_REPLICATED
+    assert rules.judge_breadth(labels(flat | null, live=10), 0.12)[0] == NOT_TESTABLE
+    assert rules.judge_breadth(labels(narrow | {"kto": 0.3, "dpo": 0.2} | null), 0.12)[0] == CHANGED
 
 
 # --- the ledger -------------------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def test_planted_changes_come_back_as_verdicts():
 
 
 def test_preserving_needs_half_of_the_dose():
-    doses = pd.DataFrame([{"family": f, "method": m, "dose": 0.1} for f in FAMILIES for m in claims.METHODS])
+    doses = pd.DataFrame([{"family": f, "method": m, "dose": 0.1} for f in FAMILIES for m in METHODS])
     assert verdicts(study({}, doses=doses), dose=1.5)["C5"] == NOT_TESTABLE
     assert verdicts(study({}, doses=doses), dose=0.15)["C5"] == REPLICATED
 
@@ -223,7 +223,7 @@ def test_nan_supports_nothing_and_breaks_nothing():
 def test_more_tables_add_sentences():
     path = []
     for family in FAMILIES:
-        for method in claims.METHODS:
+        for method in METHODS:
             for share in (0.0, 0.5, 1.0):
                 kl, change = share * (1 if method == "ppo" else 2), 0.1 * share
                 row = {"family": family, "method": method, "seed": 0, "share": share, "kl": kl, "change": change}
@@ -322,8 +322,8 @@ def test_standard_error_of_mirrored_rows_is_what_sampling_gives():
 
 def test_stored_floors_are_what_the_protocol_gives_on_noise():
     stored = claims.published("noise_floors").set_index(["pairs", "d_model", "seed"]).floor
-    again = claims.protocol_floors([(897, 2048)], draws=1)
-    assert again.floor.iloc[0] == pytest.approx(stored[897, 2048, 0], abs=2e-3)
+    again = probes.noise_floor(897, 2048, protocol="published", seed=0)
+    assert again == pytest.approx(stored[897, 2048, 0], abs=2e-3)
     assert stored.xs(10000).max() < stored.xs(897).min(), "fewer pairs, more room for memory"
 
 
