@@ -77,7 +77,7 @@ _studies: dict[str, object] = {}
 
 
 def _work(kind: type, preset, name: str, args: tuple) -> None:
-    """One task in a worker, on its own study of the preset; what it makes goes to the store, so nothing is sent back."""
+    """One task in a worker, on its own study of the preset; what it makes goes to the store: nothing is sent back."""
     key = repr(preset)
     if key not in _studies:
         _studies[key] = kind(preset, progress=False)
