@@ -56,10 +56,10 @@ def bridge(model, *, own: bool = False):
     return bridged
 
 
-def ready(model, sequences, *, own: bool = False):
-    """The model's bridge (or the model, if it is one), in evaluation mode.
+def ready(model, sequences, layers, *, own: bool = False):
+    """The model's bridge (or the model, if it is one), in evaluation mode, and the layers as a list of block indices.
 
-    sequences : lists of token ids, which it must be able to hold. Raises ActivationError if it is not.
+    sequences : lists of token ids; layers : see ``check_layers``. Raises ActivationError if the model cannot hold them.
     """
     source = getattr(model, "original_model", model)
     longest, limit = max(map(len, sequences)), source.config.get_text_config().max_position_embeddings
@@ -68,7 +68,8 @@ def ready(model, sequences, *, own: bool = False):
     highest, rows = max(map(max, sequences)), source.get_input_embeddings().weight.shape[0]
     if highest >= rows:
         raise ActivationError(f"token {highest} is beyond the model's {rows} embeddings: this is not its tokenizer")
-    return (bridge(model, own=own) if source is model else model).eval()
+    bridged = (bridge(model, own=own) if source is model else model).eval()
+    return bridged, check_layers(layers, bridged.cfg.n_layers)
 
 
 def check_layers(layers, n_layers: int) -> list[int]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from alignlens.activations.bridging import check_layers, ready
+from alignlens.activations.bridging import ready
 from alignlens.activations.running import Sequences, check_finite, evaluating
 from alignlens.activations.storage import allocate, load, place_of, write
 from alignlens.core.errors import ActivationError
@@ -108,14 +108,13 @@ def read(
     sides = [encoded.chosen_ids, encoded.rejected_ids] if position != "prompt" else [[[]] * len(encoded)]
     lead = 0 if position == "mean" else None
     sequences = Sequences.of(encoded.prompt_ids * len(sides), sum(sides, []), lead=lead)
-    bridged = ready(model, sequences.ids, own=own)
-    layers = check_layers(layers, bridged.cfg.n_layers)
+    bridged, layers = ready(model, sequences.ids, layers, own=own)
     out = allocate((len(sequences.place), len(layers), bridged.cfg.d_model))
     members = pd.Series(sequences.place).groupby(sequences.place).indices  # sequence -> its rows of the result
     rows = sequences.first % len(encoded)
     with evaluating(batch_size):
         for batch in sequences.batches(batch_size, formatter.pad_id):
-            values = batch.streams(bridged, layers, mean=position == "mean").numpy()
+            values = batch.streams(bridged, layers, mean=position == "mean").cpu().numpy()
             check_finite(values, layers, rows[batch.rows], encoded, "sequences")
             for i, value in zip(batch.rows, values, strict=True):
                 out[members[i]] = value

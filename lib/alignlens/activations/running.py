@@ -3,7 +3,6 @@
 import contextlib
 import inspect
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -32,45 +31,46 @@ def _head(bridged, places: int) -> dict:
     return {"logits_to_keep": places} if "logits_to_keep" in forward.parameters else {}
 
 
-@dataclass
 class Batch:
     """Some of the sequences, padded on the right.
 
     rows : int [batch], which they are; ids, mask : int64 [batch, longest]; tokens : the wanted ones, bool
-    [batch, longest]. Its *predictions* are those of every wanted token after the first, made at the one before.
+    [batch, longest]. *Predictions* are those of every wanted token after the first, made at the one before:
+    predicting, bool [batch, longest - 1].
     """
 
-    rows: np.ndarray
-    ids: torch.Tensor
-    mask: torch.Tensor
-    tokens: torch.Tensor
-
-    @cached_property
-    def predicting(self) -> torch.Tensor:
-        """Where predictions are made: bool [batch, longest - 1]."""
-        return self.tokens[:, :-1] & self.tokens[:, 1:]
+    def __init__(self, sequences: "Sequences", rows: np.ndarray, pad_id: int):
+        self.rows = rows
+        self.ids, self.mask = collate([sequences.ids[i] for i in rows], pad_id)
+        starts = torch.tensor([sequences.starts[i] for i in rows])
+        self.tokens = self.mask.bool() & (torch.arange(self.ids.shape[1]) >= starts[:, None])
+        self.predicting = self.tokens[:, :-1] & self.tokens[:, 1:]
 
     def _run(self, bridged, **options):
-        # Ids go to the embeddings; later blocks of a split model may be elsewhere.
-        device = bridged.original_model.get_input_embeddings().weight.device
+        device = bridged.original_model.device
         return bridged(self.ids.to(device), attention_mask=self.mask.to(device), use_cache=False, **options)
 
-    def streams(self, bridged, layers, *, mean: bool = False) -> torch.Tensor:
-        """Streams after blocks at the wanted tokens: float32 [tokens, layers, d_model], or their means [batch, ...]."""
+    def streams(self, bridged, layers, *, mean: bool = False, every: bool = False) -> torch.Tensor:
+        """Streams after blocks at the wanted tokens, or at every one: float32 [tokens, layers, d_model].
+
+        mean : their means instead, [batch, layers, d_model].
+        """
+        tokens = self.mask.bool() if every else self.tokens
 
         def take(stream):
             if not mean:
-                return stream[self.tokens].float()
-            tokens = self.tokens.to(stream.device)
+                return stream[tokens].float()
+            here = tokens.to(stream.device)
             # Padding may hold anything, NaN included: it is left out, not multiplied by zero.
-            kept = torch.where(tokens[..., None], stream.float(), 0.0)
-            return kept.sum(1) / tokens.sum(1, keepdim=True)
+            kept = torch.where(here[..., None], stream.float(), 0.0)
+            return kept.sum(1) / here.sum(1, keepdim=True)
 
         stop = max(layers) + 1
         short = {"stop_at_layer": stop} if stop < bridged.cfg.n_layers else _head(bridged, 1)
         with taking(bridged, layers, take) as found:
             self._run(bridged, return_type=None, **short)
-        return torch.stack([found[layer].cpu() for layer in layers], dim=1)
+        device = bridged.original_model.device  # later blocks of a split model may be elsewhere
+        return torch.stack([found[layer].to(device) for layer in layers], dim=1)
 
     def logits(self, bridged, *hooks) -> torch.Tensor:
         """Logits of the predictions under forward hooks: [predictions, vocabulary]."""
@@ -131,21 +131,17 @@ class Sequences:
         """Batches of similar length, longest first: one too large fails at once."""
         order = np.argsort([-len(ids) for ids in self.ids], kind="stable")
         for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            ids, mask = collate([self.ids[i] for i in rows], pad_id)
-            begins = torch.tensor([self.starts[i] for i in rows])
-            yield Batch(rows, ids, mask, mask.bool() & (torch.arange(ids.shape[1]) >= begins[:, None]))
+            yield Batch(self, order[start : start + batch_size], pad_id)
 
 
 def check_finite(values: np.ndarray, layers: list[int], rows: np.ndarray, encoded: Encoded, units: str) -> None:
     """Refuse NaN and infinite streams [units, layers, d_model]; rows [units] are theirs among the kept pairs."""
     bad = ~np.isfinite(values).all(-1)
-    if not bad.any():
-        return
-    layer, wrong = min((layer, wrong) for layer, wrong in zip(layers, bad.T.tolist(), strict=True) if any(wrong))
-    row = rows[wrong].min()
-    raise ActivationError(
-        f"NaN or infinite activations after block {layer} in {sum(wrong)} of {len(wrong)} {units} of a batch, such as "
-        f"row {encoded.rows[row]} (prompt_id {encoded.prompt_id[row]}): check the weights, or run in float32 or "
-        "bfloat16 instead of float16"
-    )
+    for layer, wrong in zip(layers, bad.T, strict=True):
+        if wrong.any():
+            row = rows[wrong].min()
+            raise ActivationError(
+                f"NaN or infinite activations after block {layer} in {wrong.sum()} of {len(wrong)} {units} of a batch, "
+                f"such as row {encoded.rows[row]} (prompt_id {encoded.prompt_id[row]}): check the weights, or run in "
+                "float32 or bfloat16 instead of float16"
+            )

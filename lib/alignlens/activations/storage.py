@@ -23,10 +23,8 @@ def allocate(shape: tuple[int, ...], dtype=np.float32, folder: str | Path | None
         return np.empty(shape, dtype)
     # A full disk would otherwise end the process while it writes into the map.
     if size > (free := shutil.disk_usage(folder or tempfile.gettempdir()).free):
-        raise ActivationError(
-            f"{size / 1e9:,.1f} GB of streams do not fit on the disk, which has {free / 1e9:,.1f} GB free: ask for "
-            "fewer layers, or set a limit"
-        )
+        sizes = f"{size / 1e9:,.1f} GB of streams do not fit on the disk, which has {free / 1e9:,.1f} GB free"
+        raise ActivationError(f"{sizes}: ask for fewer layers, or set a limit")
     with tempfile.TemporaryFile(dir=folder) as file:  # the mapping keeps the nameless file until the array is gone
         return np.memmap(file, dtype, "w+", shape=shape)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from alignlens.activations.bridging import check_layers, ready
+from alignlens.activations.bridging import ready
 from alignlens.activations.reading import encode
 from alignlens.activations.running import Sequences, check_finite, evaluating
 from alignlens.activations.storage import allocate, load, place_of, write
@@ -51,12 +51,9 @@ class Tokens:
     def load(cls, folder: str | Path) -> "Tokens":
         """Map what ``read_tokens`` wrote into a folder: the streams stay on disk until they are used.
 
-        ActivationError if its two files are missing, damaged or do not fit each other.
+        ActivationError if its two files are missing or damaged.
         """
-        found = cls(**load(folder, "tokens"))
-        if (shape := found.streams.shape[:2]) != (expected := (len(found.token_id), len(found.layers))):
-            raise ActivationError(f"{folder}: streams of {shape} tokens and layers, not {expected}: read them again")
-        return found
+        return cls(**load(folder, "tokens"))
 
 
 def high_norm(x: np.ndarray, factor: float = 10.0) -> np.ndarray:
@@ -67,8 +64,8 @@ def high_norm(x: np.ndarray, factor: float = 10.0) -> np.ndarray:
     ActivationError for NaN or infinite values.
     """
     step = max(1, CHUNK_BYTES * len(x) // x.nbytes)
-    parts = [x[start : start + step].astype(np.float32) for start in range(0, len(x), step)]
-    norms = np.concatenate([np.linalg.norm(part, axis=-1) for part in parts])
+    parts = (x[start : start + step].astype(np.float32) for start in range(0, len(x), step))
+    norms = np.concatenate([np.linalg.norm(part, axis=-1) for part in parts])  # float16 squares would overflow
     if not np.isfinite(norms).all():
         raise ActivationError(f"NaN or infinite streams, first at token {np.argwhere(~np.isfinite(norms))[0, 0]}")
     return (norms > factor * np.median(norms, axis=0)).reshape(len(x), -1).any(axis=1)
@@ -100,12 +97,14 @@ def read_tokens(
     formatter, encoded = encode(tokenizer, pairs, formatter, max_length)
     prompts = [ids for ids in encoded.prompt_ids for _ in range(2)]
     answers = [ids for both in zip(encoded.chosen_ids, encoded.rejected_ids, strict=True) for ids in both]
-    sequences = Sequences.of(prompts, answers)
-    taken = _rows_within(limit, sequences, len(encoded))
-    if taken < len(encoded):
+    sequences, taken = Sequences.of(prompts, answers), len(encoded)
+    if limit is not None:
+        tokens = np.bincount(sequences.first // 2, sequences.sizes, minlength=taken).cumsum()
+        taken = int(np.searchsorted(tokens, limit, side="right"))
+        if not taken:
+            raise ActivationError(f"limit={limit}: the first pair alone has {tokens[0]:.0f} response tokens; raise it")
         sequences = Sequences.of(prompts[: 2 * taken], answers[: 2 * taken])
-    bridged = ready(model, sequences.ids, own=own)
-    layers = check_layers(layers, bridged.cfg.n_layers)
+    bridged, layers = ready(model, sequences.ids, layers, own=own)
 
     (row, side), sizes = np.divmod(sequences.first, 2), sequences.sizes
     index = {
@@ -119,7 +118,7 @@ def read_tokens(
     streams = allocate(shape, np.float16, folder)
     with evaluating(batch_size):
         for batch in sequences.batches(batch_size, formatter.pad_id):
-            values, own_sizes = batch.streams(bridged, layers).numpy(), sizes[batch.rows]
+            values, own_sizes = batch.streams(bridged, layers).cpu().numpy(), sizes[batch.rows]
             check_finite(values, layers, row[batch.rows].repeat(own_sizes), encoded, "tokens")
             if streams.dtype == np.float16 and np.abs(values).max() >= HALF_LIMIT:
                 narrow, streams = streams, allocate(shape, np.float32, folder)
@@ -135,11 +134,3 @@ def read_tokens(
         return Tokens(streams, **facts, **index)
     write(folder, "tokens", index | {"streams": streams}, facts)
     return Tokens.load(folder)
-
-
-def _rows_within(limit: int | None, sequences: Sequences, pairs: int) -> int:
-    """How many pairs come before the first whose new tokens exceed the limit."""
-    tokens = np.bincount(sequences.first // 2, sequences.sizes, minlength=pairs).cumsum()
-    if limit is not None and tokens[0] > limit:
-        raise ActivationError(f"limit={limit}: the first pair alone has {tokens[0]:.0f} response tokens; raise it")
-    return pairs if limit is None else int(np.searchsorted(tokens, limit, side="right"))

@@ -17,8 +17,7 @@ kl : KL(intervened || clean), nats, summed over the tokens of the chosen respons
 length : tokens of a sample. reward : what ``judge`` says of it.
 """
 
-from alignlens.causal.comparing import COLUMNS, LEAST_RANDOM
-from alignlens.causal.interventions import ablate, ablate_latents, steer
+from alignlens.causal.interventions import COLUMNS, LEAST_RANDOM, ablate, ablate_latents, steer
 from alignlens.causal.patching import patch
 
 __all__ = ["COLUMNS", "LEAST_RANDOM", "ablate", "ablate_latents", "patch", "steer"]

@@ -1,14 +1,17 @@
-"""Steering along directions, ablating them, and ablating the latents of a dictionary."""
+"""Steering along directions, ablating them or a dictionary's latents, beside random directions of the same size."""
 
 import numpy as np
 import pandas as pd
-import torch
 
-from alignlens.activations import hook_name
-from alignlens.causal.bench import Bench, Try
-from alignlens.causal.comparing import compare
+from alignlens.activations import evaluating, hook_name
+from alignlens.causal.bench import Bench, bootstrapped
 from alignlens.core.errors import CausalError
+from alignlens.core.statistics import interval
 from alignlens.preferences import Formatter
+
+LEAST_RANDOM = 20  # the rank p of fewer draws cannot fall below 0.05
+EFFECT = ["value", "low", "high", "random_mean", "random_low", "random_high", "p", "beats"]
+COLUMNS = ["intervention", "kind", "name", "layer", "strength", "measure", *EFFECT, "change_norm", "stream_norm"]
 
 
 def steer(model, formatter: Formatter, pairs, directions: dict, *, layer, strength, **options) -> pd.DataFrame:
@@ -46,8 +49,9 @@ def steer(model, formatter: Formatter, pairs, directions: dict, *, layer, streng
 
     Raises
     ------
-    CausalError for directions, layers, strengths or options that do not fit, for pairs of which none fits the
-    formatter, and for effects that are not finite; ActivationError for sequences that the model cannot hold.
+    CausalError for directions, strengths or options that do not fit, and for effects that are not finite;
+    ActivationError for layers that there are not and sequences that the model cannot hold; PreferenceError if no pair
+    can be formatted.
     """
     strengths = np.ravel(np.asarray(strength, float)).tolist()
     if not strengths or not np.isfinite(strengths).all():
@@ -58,9 +62,9 @@ def steer(model, formatter: Formatter, pairs, directions: dict, *, layer, streng
         rows += [("random", "random", unit) for unit in bench.random]  # one null: the change is of one size for all
         for value in strengths:
             for kind, name, unit in rows:
-                yield Try(kind, name, value, value, lambda x, v=value * bench.norm * unit: x + v)
+                yield kind, name, value, value, lambda x, v=value * bench.norm * unit: x + v
 
-    return compare("steer", plan, model, formatter, pairs, layer, **options)
+    return _compare("steer", plan, model, formatter, pairs, layer, **options)
 
 
 def ablate(model, formatter: Formatter, pairs, directions: dict, *, layer, **options) -> pd.DataFrame:
@@ -81,7 +85,7 @@ def ablate(model, formatter: Formatter, pairs, directions: dict, *, layer, **opt
         for name, unit in bench.check(directions).items():
             yield from bench.beside(name, unit, lambda x, u=unit, level=bench.mean @ unit: level - x @ u)
 
-    return compare("ablate", plan, model, formatter, pairs, layer, **options)
+    return _compare("ablate", plan, model, formatter, pairs, layer, **options)
 
 
 def ablate_latents(model, formatter: Formatter, pairs, dictionary, latents, *, layer, **options) -> pd.DataFrame:
@@ -110,8 +114,87 @@ def ablate_latents(model, formatter: Formatter, pairs, dictionary, latents, *, l
             length = row.norm()
 
             def removed(x, reader=reader, bias=bias, least=least, length=length):
-                return -length * torch.where((code := x @ reader + bias) > least, code, 0.0)
+                code = x @ reader + bias
+                return -length * code.where(code > least, 0.0)
 
             yield from bench.beside(str(i), row / length.clamp(min=1e-12), removed)
 
-    return compare("ablate_latents", plan, model, formatter, pairs, layer, **options)
+    return _compare("ablate_latents", plan, model, formatter, pairs, layer, **options)
+
+
+def _compare(
+    intervention, plan, model, formatter, pairs, layer, *, random=20, reference=None, sampled=0, judge=None,
+    response_tokens=32, batch_size=64, bootstrap=1000, seed=0,
+) -> pd.DataFrame:  # fmt: skip
+    """Set the named interventions of plan(bench) beside the random ones; see ``steer``.
+
+    plan : yields kind, name, strength, null (what a named one shares with its random ones) and the change, a function
+        of streams float32 [..., d_model] that returns the same.
+    """
+    if random < LEAST_RANDOM:
+        raise CausalError(f"random={random}: at least {LEAST_RANDOM} random directions are needed to tell an effect")
+    if judge is not None and not sampled:
+        raise CausalError("a judge reads samples: give sampled, the number of prompts to answer")
+    bench = Bench(model, formatter, pairs, layer, random, sampled, response_tokens, batch_size, seed)
+    pairs = len(bench.chosen)
+    reference = np.zeros(pairs) if reference is None else np.asarray(reference)
+    if reference.shape != (pairs,):
+        raise CausalError(f"reference has shape {reference.shape}: give one margin for each of {pairs} pairs")
+    with evaluating(batch_size):
+        bench.measure_stream()
+        tries = list(plan(bench))
+        changes = [change for *_, change in tries]
+        facts = pd.DataFrame([tried[:4] for tried in tries], columns=["kind", "name", "strength", "null"])
+        if "named" not in facts.kind.tolist():
+            raise CausalError("nothing to intervene on: give one direction or latent at least")
+        facts = facts.assign(intervention=intervention, layer=bench.layer, change_norm=bench.sizes(changes))
+        facts["stream_norm"] = bench.norm
+        logp, divergence = bench.score(bench.sequences, [] if sampled else bench.chosen, changes)
+        margin = logp[:, bench.chosen] - logp[:, bench.rejected]
+        right = (np.sign(margin - reference) + 1) / 2
+        effects = {"margin": margin[1:] - margin[0], "accuracy": right[1:] - right[0]}
+        effects |= _sampled(bench, changes, judge) if sampled else {"kl": divergence[0][:, bench.chosen]}
+    tables = []
+    for measure, values in effects.items():
+        if len(bad := facts[~np.isfinite(values).all(1)]):
+            what = f"{measure} under {intervention} of {bad['name'].iloc[0]!r}"
+            raise CausalError(f"{what} is not finite: lower the strength or run in float32")
+        of_pairs = not sampled or measure in ("margin", "accuracy")
+        groups = bench.prompt_id if of_pairs else np.arange(len(bench.prompts))
+        effect = _against_random(*bootstrapped(values, groups, bootstrap, seed), facts)
+        tables.append(facts.assign(measure=measure, **effect))
+    return pd.concat(tables, ignore_index=True)[COLUMNS]
+
+
+def _sampled(bench: Bench, changes, judge) -> dict[str, np.ndarray]:
+    """Effects on samples: name -> float64 [changes, prompts]."""
+
+    def read(responses):
+        found = {"length": np.array([len(ids) for ids in responses], float)}
+        if judge is not None:
+            found["reward"] = np.asarray(judge(bench.texts, [bench.formatter.decode(r) for r in responses]), float)
+            if (shape := found["reward"].shape) != (len(responses),):
+                raise CausalError(f"the judge gave shape {shape} for {len(responses)} responses: one number for each")
+        return found
+
+    clean, effects = read(bench.sample()), []
+    for change in changes:
+        responses = bench.sample(change)
+        effect = {name: values - clean[name] for name, values in read(responses).items()}
+        effects.append({"kl": bench.sampled_kl(responses, change)} | effect)
+    return {name: np.stack([effect[name] for effect in effects]) for name in effects[0]}
+
+
+def _against_random(value: np.ndarray, draws: np.ndarray, facts: pd.DataFrame) -> dict[str, np.ndarray]:
+    """The columns EFFECT of one measure."""
+    (low, high), named = interval(draws), (facts.kind == "named").to_numpy()
+    found = np.full((4, len(value)), np.nan)
+    for i in np.flatnonzero(named):
+        other = value[(facts.null == facts.null[i]) & ~named]
+        # Any change of this size may do harm: what counts is how far a direction lies from where they all lie.
+        centre = np.append(other, value[i]).mean()
+        p = (1 + np.sum(np.abs(other - centre) >= np.abs(value[i] - centre))) / (1 + len(other))
+        found[:, i] = other.mean(), *interval(other), p
+    mean, *_, p = found
+    beats = named & (p < 0.05) & ((mean < low) | (mean > high)) & ((low > 0) | (high < 0))
+    return dict(zip(EFFECT, (value, low, high, *found, beats), strict=True))

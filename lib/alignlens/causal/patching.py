@@ -3,9 +3,8 @@
 import numpy as np
 import pandas as pd
 
-from alignlens.activations import evaluating, ready, replacing, taking
-from alignlens.causal.bench import answers, encode, layers_of
-from alignlens.causal.comparing import bootstrapped
+from alignlens.activations import evaluating, ready, replacing
+from alignlens.causal.bench import answers, bootstrapped, score
 from alignlens.core.errors import CausalError
 from alignlens.core.statistics import interval
 from alignlens.preferences import Formatter
@@ -36,45 +35,34 @@ def patch(
 
     Raises
     ------
-    CausalError for models that do not fit each other, unknown layers, pairs of which none fits the formatter, and
-    margins that are not finite; ActivationError for sequences that a model cannot hold.
+    CausalError for models that do not fit each other and margins that are not finite; ActivationError for unknown
+    layers and sequences that a model cannot hold; PreferenceError if no pair can be formatted.
     """
-    encoded = encode(formatter, pairs)
+    encoded = formatter.encode_pairs(pairs)
     sequences, (chosen, rejected) = answers(encoded)
-    source, target = (ready(model, sequences.ids) for model in (source, target))
+    (source, layers), (target, _) = (ready(model, sequences.ids, layers) for model in (source, target))
     shapes = [(m.cfg.n_layers, m.cfg.d_model, m.cfg.d_vocab) for m in (source, target)]
     if shapes[0] != shapes[1]:
-        raise CausalError(
-            f"source and target have layers, width and vocabulary {shapes[0]} and {shapes[1]}: patch between models of "
-            "one shape"
-        )
-    layers = layers_of(layers, target)
-    logp = np.zeros((2 + len(layers), len(sequences.ids)))  # target, source, patched at each layer
-    divergence = np.zeros((2, len(layers), len(sequences.ids)))
+        raise CausalError(f"layers, width, vocabulary: {shapes[0]} and {shapes[1]}; patch between models of one shape")
+
+    def hooks(batch):
+        every = batch.mask.bool()
+        streams = batch.streams(source, layers, every=True)
+        return [replacing(layer, every, lambda _, new=streams[:, i]: new) for i, layer in enumerate(layers)]
+
     with evaluating(batch_size):
-        for batch in sequences.batches(batch_size, formatter.pad_id):
-            wanted, every = np.flatnonzero(np.isin(batch.rows, chosen)), batch.mask.bool()
-            with taking(source, layers, lambda stream, at=every: stream[at].float()) as streams:
-                ends = [batch.logits(target), batch.logits(source)]
-            for number, logits in enumerate(ends):
-                logp[number, batch.rows] = batch.logprobs(logits)
-            for number, layer in enumerate(layers):
-                logits = batch.logits(target, replacing(layer, every, lambda _, stream=streams[layer]: stream))
-                logp[2 + number, batch.rows] = batch.logprobs(logits)
-                for place, end in enumerate(ends[::-1]):
-                    divergence[place, number, batch.rows] = batch.kl(logits, end, wanted)
+        logp, divergence = score([target, source], sequences, chosen, hooks, len(layers), batch_size, formatter.pad_id)
     margin = logp[:, chosen] - logp[:, rejected]
     if not np.isfinite(margin).all():
         raise CausalError("margins are NaN or infinite: check both models' weights, or run in float32")
     value, draws = bootstrapped(margin, encoded.prompt_id, bootstrap, seed)
-    table = pd.DataFrame({"layer": layers, "margin_target": value[0], "margin_source": value[1]})
-    table["margin_patched"] = value[2:]
-    table[["share", "low", "high"]], table["reason"] = np.nan, ""
+    margins = {"margin_target": value[0], "margin_source": value[1], "margin_patched": value[2:]}
+    table = pd.DataFrame({"layer": layers} | margins | dict.fromkeys(("share", "low", "high"), np.nan) | {"reason": ""})
     low, high = interval(draws[:, 1] - draws[:, 0])
     if low <= 0 <= high:
         table["reason"] = "the margins of source and target do not differ beyond their 95 % interval"
     else:
         table["share"] = (value[2:] - value[0]) / (value[1] - value[0])
         table["low"], table["high"] = interval((draws[:, 2:] - draws[:, [0]]) / (draws[:, [1]] - draws[:, [0]]))
-    table["kl_to_source"], table["kl_to_target"] = divergence[:, :, chosen].mean(2)
+    table[["kl_to_source", "kl_to_target"]] = divergence[::-1, :, chosen].mean(2).T
     return table
