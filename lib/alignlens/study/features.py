@@ -190,17 +190,13 @@ def _spliced_loss(s, variant, layer, dictionary, tokens) -> dict[str, float]:
     """Cross-entropy of the first measured pairs with the stream replaced: clean, by the dictionary, by its mean."""
     mean = torch.from_numpy(np.asarray(tokens.at(layer), np.float32).mean(0))
 
-    def rebuilt(streams):
-        x = streams["model"]
-        return {"model": torch.from_numpy(dictionary.reconstruct({"pooled": x.cpu().numpy()})["pooled"]).to(x.device)}
-
-    def flat(streams):
-        return {"model": mean.to(streams["model"]).expand_as(streams["model"])}
+    def rebuilt(x):
+        return torch.from_numpy(dictionary.reconstruct({"pooled": x.cpu().numpy()})["pooled"])
 
     table = activations.spliced_loss(
-        {"model": activations.bridge(s.load(variant)[0], own=True)}, s.format(variant.family),
-        s.measured(variant.family).head(SPLICED_PAIRS), layer, {"clean": None, "dictionary": rebuilt, "mean": flat},
-        batch_size=s.preset.read_batch,
+        activations.bridge(s.load(variant)[0], own=True), s.format(variant.family),
+        s.measured(variant.family).head(SPLICED_PAIRS), layer,
+        {"clean": None, "dictionary": rebuilt, "mean": lambda x: mean.expand_as(x)}, batch_size=s.preset.read_batch,
     )  # fmt: skip
     sums = table.assign(total=table.loss * table.tokens).groupby("replacement")[["total", "tokens"]].sum()
     loss = sums.total / sums.tokens
