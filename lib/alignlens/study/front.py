@@ -6,7 +6,7 @@ where it stopped, and two studies can share a store.
 
 from __future__ import annotations
 
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
@@ -28,10 +28,7 @@ PLACES = ("store", "figures", "jobs", "device", "shipped", "variants", "read_bat
 class Study:
     """Everything a preset describes, made when asked for: ``study.probes(variant)`` and so on, one name a stage.
 
-    Parameters
-    ----------
-    preset : see ``settings.resolve``.
-    progress : show one progress bar for long work.
+    preset : see ``settings.resolve``. progress : show one progress bar for long work.
     """
 
     def __init__(self, preset: settings.Preset, *, progress: bool = True):
@@ -45,25 +42,17 @@ class Study:
             self._kept[what, argument] = make()
         return self._kept[what, argument]
 
-    # --- results ----------------------------------------------------------------------------------------------------
-
     def __getattr__(self, name: str):
         if name in STAGES:
-            return partial(self._result, name)
+            return lambda *args: STAGES[name].read(self.get(name, *args))
         raise AttributeError(f"a study has no {name!r}; its stages are {', '.join(STAGES)}")
-
-    def __dir__(self):
-        return [*super().__dir__(), *STAGES]
-
-    def _result(self, name: str, *args):
-        return STAGES[name].read(self.get(name, *args))
 
     def get(self, name: str, *args) -> Artifact:
         """The artifact of a stage, from the store or made now."""
         stage = STAGES[name]
-        make = partial(stage.make, self)
+        identity = stage.identity(self, *args)
         return self.store.get(
-            stage.kind, stage.label(self, *args), lambda folder: make(folder, *args), **stage.identity(self, *args)
+            stage.kind, stage.label(self, *args), lambda folder: stage.make(self, folder, *args), **identity
         )
 
     def key(self, name: str, *args) -> str:
@@ -93,16 +82,15 @@ class Study:
     def run_id(self) -> str:
         """Names this study's parameters and data: eight hex digits, on every figure."""
         fields = {name: value for name, value in self.preset.model_dump().items() if name not in PLACES}
-        checkpoints = {name: self._content(place) for name, place in self.preset.checkpoints.items()}
-        bases = {family: self.weights(Variant(family, "base")) for family in self.families}
-        fields |= {"families": bases, "checkpoints": checkpoints, "pairs": content_hash(self.pairs[TEXTS])}
+        ready = {v.label: place for v in self.variants() if (place := self.checkpoint(v.family, v.method))}
+        fields["checkpoints"] = {label: self._content(place) for label, place in ready.items()}
+        fields["families"] = {family: self.weights(Variant(family, "base")) for family in self.families}
+        fields["pairs"] = content_hash(self.pairs[TEXTS])
         return content_hash(fields)[:8]
 
     @cached_property
     def device(self) -> str:
         return models.default_device() if self.preset.device == "auto" else self.preset.device
-
-    # --- pairs ------------------------------------------------------------------------------------------------------
 
     @property
     def tiny_world(self) -> bool:
@@ -134,15 +122,16 @@ class Study:
 
     def measured(self, family: str) -> pd.DataFrame:
         """The measured pairs of a family: the same for all its models, whole prompts, none cut by ``max_length``."""
-        return self._once("measured", family, lambda: self._measurable(family))
 
-    def _measurable(self, family: str) -> pd.DataFrame:
-        pairs = self.split("measure")
-        pairs = pairs[self.format(family).encode_pairs(pairs).kept]
-        sizes = pairs.groupby("prompt_id", sort=False).size().cumsum()
-        pairs = pairs[pairs.prompt_id.isin(sizes.index[sizes <= self.preset.measured])].reset_index(drop=True)
-        preferences.check_folds(pairs, self.preset.folds)
-        return pairs
+        def make() -> pd.DataFrame:
+            pairs = self.split("measure")
+            pairs = pairs[self.format(family).encode_pairs(pairs).kept]
+            sizes = pairs.groupby("prompt_id", sort=False).size().cumsum()
+            pairs = pairs[pairs.prompt_id.isin(sizes.index[sizes <= self.preset.measured])].reset_index(drop=True)
+            preferences.check_folds(pairs, self.preset.folds)
+            return pairs
+
+        return self._once("measured", family, make)
 
     def encoded(self, family: str) -> preferences.Encoded:
         """The measured pairs as token ids, formatted once."""
@@ -160,8 +149,6 @@ class Study:
             return preferences.Formatter(tokenizer, max_length=self.preset.max_length)
 
         return self._once("format", family, make)
-
-    # --- models -----------------------------------------------------------------------------------------------------
 
     @property
     def families(self) -> list[str]:
@@ -220,22 +207,21 @@ class Study:
 
     def source(self, variant: Variant) -> Source:
         """Where a variant's weights are, after making them if need be."""
-        return self._once("source", variant, lambda: self._find_source(variant))
 
-    def _find_source(self, variant: Variant) -> Source:
-        if variant.method == "base":
-            base = self.preset.families[variant.family]
-            if base.startswith("tiny:"):
-                return Source(str(self.base(variant.family).path))
-            return Source(str(_existing(base) or base))
-        parent = self.source(variant.base).model
-        if place := self.checkpoint(variant.family, variant.method):
-            local = _existing(place)
-            if local and (local / "adapter_config.json").exists():
-                return Source(parent, str(local))
-            return Source(str(local or place))
-        made = self.get("random" if variant.method == "random" else "variant", variant)
-        return Source(parent, str(made.path))
+        def find() -> Source:
+            place = self.preset.families[variant.family]
+            if variant.method == "base":
+                return Source(
+                    str(self.base(variant.family).path if place.startswith("tiny:") else _existing(place) or place)
+                )
+            parent, place = self.source(variant.base).model, self.checkpoint(variant.family, variant.method)
+            if not place:
+                made = self.get("random" if variant.method == "random" else "variant", variant)
+                return Source(parent, str(made.path))
+            found = str(_existing(place) or place)
+            return Source(parent, found) if self._has_adapter(variant) else Source(found)
+
+        return self._once("source", variant, find)
 
     def load(self, variant: Variant):
         """(model, tokenizer) of a variant, an adapter merged into its base."""
@@ -263,8 +249,6 @@ class Study:
         """The middle one of the dictionary layers."""
         layers = self.dictionary_layers(family)
         return layers[len(layers) // 2]
-
-    # --- what is compared with what ---------------------------------------------------------------------------------
 
     def comparisons(self, family: str) -> list[tuple[str, Variant, Variant]]:
         """What crosscoders compare: (name, first, second) of every method's first seed and of the nulls.

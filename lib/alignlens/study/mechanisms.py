@@ -18,8 +18,6 @@ from alignlens.published import sparc
 from alignlens.study import Study, Variant, features
 from alignlens.study.tables import collect, reference_layers
 
-# --- dictionaries -----------------------------------------------------------------------------------------------------
-
 
 def latent_table(study: Study, name: str, *, base: bool = True, null: bool = False) -> pd.DataFrame:
     """One table of ``study.latents`` of all models, with family, method, seed; null adds the random direction."""
@@ -153,9 +151,6 @@ def window_latents(study: Study) -> pd.DataFrame:
     return pd.concat(out, ignore_index=True)
 
 
-# --- geometry and dose ------------------------------------------------------------------------------------------------
-
-
 def geometry_table(study: Study, name: str) -> pd.DataFrame:
     """ "geometry" or "decomposition" of every variant against its base and of the nulls: family, method, seed, layer, …
 
@@ -271,9 +266,6 @@ def matched_dose(path: pd.DataFrame, dose: float) -> pd.DataFrame:
             facts = {"family": family, "method": method, "measure": name}
             rows.append(facts | values | {"last": last, "reached": reached})
     return pd.DataFrame(rows)
-
-
-# --- causes -----------------------------------------------------------------------------------------------------------
 
 
 def causal(study: Study) -> pd.DataFrame:

@@ -27,12 +27,8 @@ class NotebookError(AlignlensError):
 def run(name: str, parameters: dict, *, folder: str | Path | None = None) -> Path:
     """Execute ``notebooks/<name>.ipynb`` with parameters and keep the executed copy beside the figures.
 
-    The copy takes its place only once the notebook has run to its end; a failed run leaves ``<name>.failed.ipynb``.
-
-    Raises
-    ------
-    NotebookError
-        with the failing cell's error, and where the failed copy lies.
+    The copy takes its place only once the notebook has run to its end; a failed run leaves ``<name>.failed.ipynb``
+    and raises NotebookError with the failing cell's error.
     """
     preset = settings.resolve(**({"preset": "tiny"} | parameters))
     source = settings.home() / "notebooks" / f"{name}.ipynb"

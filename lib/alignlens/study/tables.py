@@ -28,9 +28,6 @@ def collect(study: Study, make, variants=None) -> pd.DataFrame:
     return pd.concat(out, ignore_index=True)
 
 
-# --- alignment and behaviour ------------------------------------------------------------------------------------------
-
-
 def trained(study: Study) -> list[Variant]:
     """The variants that this study trained itself: those of ready checkpoints have no curves."""
     return [v for v in study.variants(base=False) if not study.checkpoint(v.family, v.method)]
@@ -80,9 +77,6 @@ def objectives(behaviour: pd.DataFrame) -> pd.DataFrame:
         row = {"family": family, "method": method, "objective": name, "value": value, "low": low, "high": high}
         rows.append(row | {"moved": moved, "verdict": verdict})
     return pd.DataFrame(rows)
-
-
-# --- probes -----------------------------------------------------------------------------------------------------------
 
 
 def probe_table(study: Study, name: str, *, base: bool = True) -> pd.DataFrame:
@@ -148,9 +142,6 @@ def changes(transfer: pd.DataFrame) -> pd.DataFrame:
         counts = {"layers_with_change": int(found.raw.sum()), "after_correction": int((found.p < 0.05).sum())}
         rows.append({"family": family, "method": method} | row | {"at_layer": int(top.layer)} | counts)
     return pd.DataFrame(rows)
-
-
-# --- one base, what it would take to beat it -----------------------------------------------------------------------
 
 
 def baselines(study: Study) -> pd.DataFrame:
