@@ -1,7 +1,5 @@
 """How a dictionary is trained."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from alignlens.core.errors import DictionaryError
@@ -61,10 +59,10 @@ def published(d: int, *, width: int = 16_384, k: float = 64, **changes) -> Confi
     return Config(width=width, k=k, **(values | changes))
 
 
-def check(config: Config, rows: int, shapes: dict) -> None:
+def check(c: Config, rows: int, shapes: dict) -> None:
     """Raise DictionaryError for settings out of range for so many rows and streams of these shapes."""
-    c, unequal = config, len(set(shapes.values())) > 1
     least = min(c.learning_rate, c.epochs, c.batch_size, 1 if c.steps is None else c.steps)
+    alike = len(shapes) > 1 and len(set(shapes.values())) == 1
     problems = {
         "activation must be batchtopk or l1": c.activation not in ("batchtopk", "l1"),
         f"k {c.k} must lie between 0 and width {c.width}": not 0 < c.k <= c.width,
@@ -73,9 +71,7 @@ def check(config: Config, rows: int, shapes: dict) -> None:
         "shared, warmup and decay must lie between 0 and 1": not all(
             0 <= x <= 1 for x in (c.shared, c.warmup, c.decay)
         ),
-        f"shared must be 0 for one stream, or streams of different shapes {shapes}": c.shared
-        and (len(shapes) == 1 or unequal),
+        f"shared must be 0 for one stream, or streams of different shapes {shapes}": c.shared and not alike,
     }
-    for words, wrong in problems.items():
-        if wrong:
-            raise DictionaryError(f"dictionary config: {words}")
+    if found := [words for words, wrong in problems.items() if wrong]:
+        raise DictionaryError(f"dictionary config: {'; '.join(found)}")

@@ -1,7 +1,5 @@
 """How well a dictionary rebuilds, and which latents of two dictionaries are the same."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 from scipy.optimize import linear_sum_assignment
@@ -29,7 +27,7 @@ def evaluate(dictionary: Dictionary, streams) -> dict:
         codes = dictionary.code(x)
         fired[codes.indices] = True
         active += codes.nnz
-        rebuilt = dictionary.decode(codes)
+        rebuilt = dictionary.split(dictionary.decode(codes))
         for name, real in dictionary.split(x.numpy()).items():
             a, b = (v.reshape(len(x), -1).astype(np.float64) for v in (real, rebuilt[name]))
             long, short = (np.linalg.norm(v, axis=1) for v in (a, b))

@@ -1,7 +1,5 @@
 """Which latents base and aligned share, and how."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """A trained dictionary: codes, reconstructions, files."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass, field
@@ -46,32 +44,23 @@ class Dictionary:
     def width(self) -> int:
         return len(self.threshold)
 
-    def encode(self, streams) -> np.ndarray:
-        """Codes, float32 [rows, width]. They depend on their own row only, so batches may be cut anywhere."""
-        return self.codes(streams).toarray()
-
     def codes(self, streams) -> csr_array:
-        """Codes as a sparse matrix [rows, width]: what a wide dictionary over many rows needs."""
+        """Codes, sparse float32 [rows, width]. They depend on their own row only, so batches may be cut anywhere."""
         return vstack([self.code(x) for x in join(streams, self.shapes).chunks()], format="csr")
 
     def code(self, x: torch.Tensor) -> csr_array:
         """Codes [n, width] of joined rows [n, D]."""
         pre = torch.addmm(torch.from_numpy(self.encoder_bias), x, torch.from_numpy(self.encoder))
-        mask = (pre > torch.from_numpy(self.threshold)) & (pre > 0)
-        places = tuple(i.numpy() for i in torch.nonzero(mask, as_tuple=True))
-        return csr_array((pre.numpy()[places], places), shape=pre.shape)
+        places = torch.nonzero((pre > torch.from_numpy(self.threshold)) & (pre > 0)).T.numpy()
+        return csr_array((pre.numpy()[*places], tuple(places)), shape=pre.shape)
 
-    def write(self, codes) -> np.ndarray:
-        """Joined rows, float32 [n, D], rebuilt from codes."""
+    def decode(self, codes) -> np.ndarray:
+        """Joined rows, float32 [n, D], rebuilt from codes [n, width], dense or sparse."""
         return (codes @ self.decoder + self.decoder_bias).astype(np.float32)
-
-    def decode(self, codes) -> dict[str, np.ndarray]:
-        """Streams rebuilt from codes [rows, width], dense or sparse: float32 of the streams' shapes."""
-        return self.split(self.write(codes))
 
     def reconstruct(self, streams) -> dict[str, np.ndarray]:
         """Each stream as the dictionary rebuilds it: float32 of its shape."""
-        return self.decode(self.codes(streams))
+        return self.split(self.decode(self.codes(streams)))
 
     def split(self, joined: np.ndarray) -> dict[str, np.ndarray]:
         """[..., D] -> stream -> [..., (layers,) d]."""
@@ -89,8 +78,8 @@ class Dictionary:
         half : store encoder and decoder in float16 (biases and thresholds stay float32): half the size, and codes that
         differ in the third digit. Raises DictionaryError if a weight does not fit into float16.
         """
-        kinds = dict.fromkeys(("encoder", "decoder"), np.float16) if half else {}
-        arrays = {name: getattr(self, name).astype(kinds.get(name, np.float32)) for name in ARRAYS}
+        small = ("encoder", "decoder") if half else ()
+        arrays = {name: getattr(self, name).astype(np.float16 if name in small else np.float32) for name in ARRAYS}
         if not all(np.isfinite(array).all() for array in arrays.values()):
             raise DictionaryError("a weight is too large for float16: save with half=False")
         write_arrays(Path(folder) / "dictionary.safetensors", arrays)
@@ -98,7 +87,7 @@ class Dictionary:
         write_json(Path(folder) / "dictionary.json", words | {"history": self.history.to_dict("list")})
 
     @classmethod
-    def load(cls, folder: str | Path, *, expect: dict | None = None) -> Dictionary:
+    def load(cls, folder: str | Path, *, expect: dict | None = None) -> "Dictionary":
         """Read what ``save`` wrote.
 
         expect : facts that must agree, such as {"hook": "blocks.3.hook_resid_post", "models": {...}}: a dictionary
@@ -108,9 +97,9 @@ class Dictionary:
         try:
             arrays = {n: a.float().numpy() for n, a in load_file(Path(folder) / "dictionary.safetensors").items()}
             words = json.loads((Path(folder) / "dictionary.json").read_text(encoding="utf-8"))
-            shapes = {name: tuple(shape) for name, shape in words["shapes"].items()}
-            rest = {"config": Config(**words["config"]), "history": pd.DataFrame(words["history"])}
-            found = cls(**arrays, shapes=shapes, **rest, facts=words["facts"])
+            words["shapes"] = {name: tuple(shape) for name, shape in words["shapes"].items()}
+            words |= {"config": Config(**words["config"]), "history": pd.DataFrame(words["history"])}
+            found = cls(**arrays, **words)
         except (OSError, ValueError, SafetensorError, AttributeError, KeyError, TypeError) as error:
             raise DictionaryError(f"{folder} holds no readable dictionary of this version: {error!r}") from error
         check_facts(found.facts, expect or {}, folder)

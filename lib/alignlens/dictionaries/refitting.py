@@ -1,7 +1,5 @@
 """Least squares for a trained decoder: codes solved for on the latents that fire, then the rows that rebuild best."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np
@@ -45,7 +43,7 @@ def refit(dictionary: Dictionary, joined: Joined, scale: torch.Tensor, order: to
     codes = {name: getattr(dictionary, name) * stretch.numpy() for name in ("encoder", "encoder_bias", "threshold")}
     found = dataclasses.replace(dictionary, decoder=decoder.numpy(), decoder_bias=bias.numpy(), **codes)
     x = joined.read(sample[:CHUNK])
-    rebuilt = (torch.from_numpy(d.write(d.code(x))) for d in (dictionary, found))
+    rebuilt = (torch.from_numpy(d.decode(d.code(x))) for d in (dictionary, found))
     before, after = (float(((x - y) / scale).square().sum()) for y in rebuilt)
     better = after <= WORSE * before
     return dataclasses.replace(found if better else dictionary, facts=dictionary.facts | {"refit": better})

@@ -1,7 +1,5 @@
 """Directions from which latents that hardly fire start again: those that rows of the error share."""
 
-from __future__ import annotations
-
 import math
 
 import torch

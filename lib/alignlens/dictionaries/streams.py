@@ -1,9 +1,6 @@
 """Streams side by side: checked once, then read in pieces, so that arrays on disk stay there."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -28,7 +25,7 @@ class Joined:
         parts = [np.asarray(a[which], np.float32).reshape(-1, math.prod(a.shape[1:])) for a in self.arrays]
         return torch.from_numpy(np.concatenate(parts, axis=1))
 
-    def chunks(self, which: np.ndarray | None = None) -> Iterator[torch.Tensor]:
+    def chunks(self, which: np.ndarray | None = None):
         """All rows, or those of the given indices, piece by piece."""
         which = np.arange(len(self)) if which is None else which
         for start in range(0, len(which), CHUNK):
@@ -47,8 +44,7 @@ def join(streams, shapes: dict | None = None) -> Joined:
         if getattr(x, "ndim", 0) not in (2, 3) or 0 in x.shape:
             problem = f"has shape {np.shape(x)}; give [rows, d] or [rows, layers, d]"
         elif len(x) != len(streams[first]):
-            same = "row i must be the same token in all streams"
-            problem = f"has {len(x)} rows, {first!r} has {len(streams[first])}: {same}"
+            problem = f"has {len(x)} rows, {first!r} has {len(streams[first])}: row i must be one token in all streams"
         elif shapes and tuple(x.shape[1:]) != tuple(shapes[name]):
             problem = f"has rows of shape {tuple(x.shape[1:])}, not {tuple(shapes[name])}"
         elif len(wrong := np.flatnonzero(~np.concatenate([p.isfinite().all(1) for p in Joined([x]).chunks()]))):
@@ -63,8 +59,7 @@ def moments(joined: Joined) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and mean square about it of each dimension, float64 [D]."""
     first = joined.read(slice(0, CHUNK)).double().mean(0)  # shifts the sums, so that large means cost no digits
     total, square = torch.zeros_like(first), torch.zeros_like(first)
-    for x in joined.chunks():
-        x = x.double() - first
+    for x in (chunk.double() - first for chunk in joined.chunks()):
         total += x.sum(0)
         square += x.square().sum(0)
     mean = total / len(joined)

@@ -1,7 +1,5 @@
 """Kept codes of a batch, a few percent of all: products and least squares on them alone."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import warnings

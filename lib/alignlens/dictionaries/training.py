@@ -4,8 +4,6 @@ BatchTopK (Bussmann et al., arXiv 2412.06410; for crosscoders Minder et al., arX
 largest codes of a batch. They are a few percent of all, so only the encoder's product is dense.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 
@@ -99,8 +97,8 @@ class Trainer:
     @torch.no_grad()
     def run(self) -> None:
         every, size = max(1, self.steps // 50), self.config.batch_size
-        for self.at in range(self.steps):
-            epoch, place = divmod(self.at, self.batches)
+        for at in range(self.steps):
+            self.at, (epoch, place) = at, divmod(at, self.batches)
             if place == 0:
                 order = self.order(epoch)
             if self.at in self.reseed_at:
