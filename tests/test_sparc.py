@@ -42,14 +42,14 @@ def coded(model, streams):
     """Codes and rows rebuilt: stream -> [rows, width] and [rows, d], with a layer axis where the streams have one."""
     both = zip(*((z, rebuilt) for _, z, rebuilt in model.batches(streams, 256)), strict=True)
     both = [torch.cat(parts, 1).numpy() for parts in both]
-    both = [x if model.windowed else x[:, :, 0] for x in both]
+    both = [x if (model.decoders.shape[1] > 1) else x[:, :, 0] for x in both]
     return [dict(zip(sparc.STREAMS, x, strict=True)) for x in both]
 
 
 def classify(model):
     """Classes of decoder rows, whatever fires."""
     zeros = np.zeros((2, *model.decoders.shape[1::2]), np.float32)
-    return sparc.classify(model, dict.fromkeys(sparc.STREAMS, zeros if model.windowed else zeros[:, 0]))
+    return sparc.classify(model, dict.fromkeys(sparc.STREAMS, zeros if (model.decoders.shape[1] > 1) else zeros[:, 0]))
 
 
 @pytest.fixture(scope="module")

@@ -72,8 +72,7 @@ class Trainer:
         decoder /= decoder.norm(dim=1, keepdim=True) / (0.1 if config.published else 1.0)
         self.decoder = decoder.to(device)
         self.encoder = self.decoder.clone()  # [w, D]: a latent's row is contiguous, as the sparse gradients want it
-        self.encoder_bias = torch.zeros(config.width, device=device)
-        self.decoder_bias = torch.zeros(decoder.shape[1], device=device)
+        self.encoder_bias, self.decoder_bias = (torch.zeros(size, device=device) for size in decoder.shape)
         self.weights = [self.encoder, self.decoder, self.encoder_bias, self.decoder_bias]
         self.optimizer = torch.optim.Adam([w.requires_grad_() for w in self.weights], config.learning_rate, fused=True)
         self.silent = torch.zeros(config.width, dtype=torch.int64, device=device)
@@ -83,12 +82,12 @@ class Trainer:
         shares = np.linspace(0.25, 0.75, config.reseed) if config.reseed > 1 else np.full(config.reseed, 0.5)
         self.reseed_at = {max(1, int(share * self.steps)) for share in shares}
 
+    def draw(self, place: int) -> torch.Generator:
+        return torch.Generator().manual_seed(1_000_003 * self.config.seed + place)
+
     def order(self, epoch: int) -> torch.Tensor:
         """Rows in the order of an epoch; negative ones are samples for other ends."""
-        return torch.randperm(len(self.joined), generator=self._draw(epoch))
-
-    def _draw(self, place: int) -> torch.Generator:
-        return torch.Generator().manual_seed(1_000_003 * self.config.seed + place)
+        return torch.randperm(len(self.joined), generator=self.draw(epoch))
 
     def take(self, which: torch.Tensor) -> torch.Tensor:
         """Rows in training's units, [n, D]."""
@@ -96,18 +95,19 @@ class Trainer:
 
     @torch.no_grad()
     def run(self) -> None:
-        every, size = max(1, self.steps // 50), self.config.batch_size
+        config, every = self.config, max(1, self.steps // 50)
         for at in range(self.steps):
             self.at, (epoch, place) = at, divmod(at, self.batches)
             if place == 0:
                 order = self.order(epoch)
             if self.at in self.reseed_at:
                 self._reseed(order)
-            found = self.step(self.take(order[place * size : (place + 1) * size]))
+            found = self.step(self.take(order[place * config.batch_size :][: config.batch_size]))
             if self.at % every == 0 or self.at == self.steps - 1:
                 if not math.isfinite(found["loss"]):
-                    rate = f"learning_rate {self.config.learning_rate}"
-                    raise DictionaryError(f"training diverged at step {self.at} ({rate}): lower it")
+                    raise DictionaryError(
+                        f"training diverged at step {at}: lower learning_rate {self.config.learning_rate}"
+                    )
                 self.log.append({"step": self.at, **found})
 
     def step(self, x: torch.Tensor) -> dict:
@@ -203,7 +203,7 @@ class Trainer:
         error = x - self.decoder_bias
         error -= codes.matrix(on_support(error, codes, self.decoder)) @ self.decoder
         known = self.decoder[fired >= reseeding.RARE]
-        found = reseeding.missing_directions(error, known, len(free), self._draw(self.at))
+        found = reseeding.missing_directions(error, known, len(free), self.draw(self.at))
         free = free[: len(found)]
         self.encoder[free] = self.decoder[free] = found
         # They begin by firing on the rows that lie furthest along them, not on every row that leans their way.
@@ -224,16 +224,15 @@ class Trainer:
         elif self.config.activation == "batchtopk":
             threshold = self._fixed_threshold(encoder, bias)
         norms = (decoder * self.scale).norm(dim=1).clamp(min=1e-12)  # of decoder rows, which get norm 1
-        return Dictionary(
-            encoder=((encoder / self.scale) * norms[:, None]).T.contiguous().numpy(),
-            encoder_bias=((bias - (encoder / self.scale) @ self.mean) * norms).numpy(),
-            decoder=((decoder * self.scale) / norms[:, None]).numpy(),
-            decoder_bias=(decoder_bias * self.scale + self.mean).numpy(),
-            threshold=(threshold / weigh * norms).numpy(),
-            shapes=self.shapes,
-            config=self.config,
-            history=pd.DataFrame(self.log),
-        )
+        weights = {
+            "encoder": ((encoder / self.scale) * norms[:, None]).T.contiguous(),
+            "encoder_bias": (bias - (encoder / self.scale) @ self.mean) * norms,
+            "decoder": (decoder * self.scale) / norms[:, None],
+            "decoder_bias": decoder_bias * self.scale + self.mean,
+            "threshold": threshold / weigh * norms,
+        }
+        arrays = {name: weight.numpy() for name, weight in weights.items()}
+        return Dictionary(**arrays, shapes=self.shapes, config=self.config, history=pd.DataFrame(self.log))
 
     def _fixed_threshold(self, encoder: torch.Tensor, bias: torch.Tensor) -> float:
         """The value above which k codes a row lie, over a sample of rows."""

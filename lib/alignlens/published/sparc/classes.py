@@ -44,7 +44,7 @@ def classify(sparc: Sparc, streams) -> pd.DataFrame:
         "rho": norm_aligned / (norm_base + norm_aligned + 1e-8), "theta": theta.mean(0),
         "norm_base": norm_base, "norm_aligned": norm_aligned,
     }  # fmt: skip
-    if sparc.windowed:
+    if len(norms[0]) > 1:  # a window of layers
         share = norms.sum(0) / np.maximum(norms.sum(0).sum(0), 1e-8)
         entropy, least = -(share * np.log(share + 1e-8)).sum(0) / np.log(len(share)), np.abs(theta).min(0)
         columns |= {"entropy": entropy, "persistent": entropy >= 0.6, "min_abs_theta": least, "drifting": least < 0.5}

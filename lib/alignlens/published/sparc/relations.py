@@ -32,11 +32,11 @@ def superposition(sparc: Sparc, table: pd.DataFrame, *, corrected=False, max_lat
     alpha, alpha_max, can_fire, non_zeros, r2, parts (base latents by weight), part_layers, superposed.
     """
     base, aligned = sparc.decoders.astype(np.float64)
-    home = np.linalg.norm(aligned, axis=-1).argmax(0)  # the layer where a latent writes most
-    if corrected or sparc.windowed:
+    home, windowed = np.linalg.norm(aligned, axis=-1).argmax(0), len(base) > 1  # the layer where a latent writes most
+    if corrected or windowed:
         base, aligned = unit(base), unit(aligned)
     flat = base.reshape(-1, base.shape[-1])
-    candidates = CANDIDATES if corrected or sparc.windowed else len(flat)
+    candidates = CANDIDATES if corrected or windowed else len(flat)
     found = table.loc[table["label"] == "aligned_only", "latent"].to_numpy()
     rng = np.random.default_rng(0)
     null, rows = {}, []
@@ -46,9 +46,9 @@ def superposition(sparc: Sparc, table: pd.DataFrame, *, corrected=False, max_lat
         layers, parts = np.divmod(np.array(row["parts"], int), base.shape[1])
         row |= {"latent": latent, "layer": layer, "parts": parts.tolist(), "part_layers": layers.tolist()}
         row["superposed"] = row["r2"] > 0.8 and 2 <= row["non_zeros"] <= 50
-        if sparc.windowed and not corrected:
+        if windowed and not corrected:
             row["superposed"] = row["r2"] >= 0.5 and row["non_zeros"] >= 2
-        if sparc.windowed:
+        if windowed:
             row["superposed"] &= bool((layers != layer).any())
         if corrected:
             if layer not in null:

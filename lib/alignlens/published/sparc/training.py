@@ -52,10 +52,6 @@ class Sparc:
     config: Config
     history: pd.DataFrame = field(default_factory=pd.DataFrame)  # one row an epoch and split, see `train`
 
-    @property
-    def windowed(self) -> bool:
-        return self.decoders.shape[1] > 1
-
     @torch.no_grad()
     def batches(self, streams, size: int):
         """Rows [s, n, l, d], codes [s, n, l, w] and rows rebuilt, batch by batch."""
@@ -191,9 +187,8 @@ def _visit(weights: Weights, batch: torch.Tensor, forced: torch.Tensor, config: 
 def rate(step: int, total: int, config: Config) -> float:
     """Learning rate: linear from zero over the warm-up, then half a cosine to zero."""
     warmup = int(total * config.warmup)
-    if step < warmup:
-        return config.learning_rate * step / warmup
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    fall = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    return config.learning_rate * step / warmup if step < warmup else config.learning_rate * fall
 
 
 def _numbers(x: torch.Tensor, z: torch.Tensor, rebuilt: torch.Tensor) -> dict[str, float]:
