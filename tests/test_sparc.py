@@ -9,10 +9,10 @@ import torch
 from sklearn.linear_model import Lasso
 
 from alignlens.core.errors import DictionaryError
+from alignlens.dictionaries import unit
 from alignlens.published import sparc
 from alignlens.published.sparc import Config, Sparc, training
 from alignlens.published.sparc.classes import adaptive
-from alignlens.published.sparc.relations import unit
 
 N, D, WIDTH, TOPK = 320, 24, 96, 16
 SMALL = Config(width=WIDTH, topk=TOPK)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import linear_sum_assignment
 
-from alignlens.dictionaries import STREAMS
+from alignlens.dictionaries import STREAMS, unit
 
 KINDS = ("shared_same", "shared_rotated", "shared_attenuated", "base_only", "aligned_only")
 SHARES = (0.5, 0.125, 0.125, 0.125, 0.125)
@@ -50,9 +50,9 @@ class Planted:
         counts = np.floor(np.array(SHARES) * r.features).astype(int)
         counts[0] += r.features - counts.sum()
         self.kind = rng.permutation(np.repeat(KINDS, counts))
-        base = _unit(rng.standard_normal((r.features, r.d)))
+        base = unit(rng.standard_normal((r.features, r.d)))
         across = rng.standard_normal((r.features, r.d))
-        across = _unit(across - (across * base).sum(1, keepdims=True) * base)
+        across = unit(across - (across * base).sum(1, keepdims=True) * base)
         self.degrees = np.where(self.kind == "shared_rotated", rng.uniform(30, 60, r.features), 0.0)
         self.ratio = np.where(self.kind == "shared_attenuated", rng.uniform(0.3, 0.7, r.features), 1.0)
         turn = np.radians(self.degrees)[:, None]
@@ -96,10 +96,6 @@ class Planted:
         return {name: codes @ self.rows[name] + level * noise[name] for name in self.rows}
 
 
-def _unit(rows: np.ndarray) -> np.ndarray:
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-
-
 def score(planted: Planted, rows: dict[str, np.ndarray], table: pd.DataFrame) -> pd.DataFrame:
     """How the labels of live latents compare with what was planted.
 
@@ -113,8 +109,8 @@ def score(planted: Planted, rows: dict[str, np.ndarray], table: pd.DataFrame) ->
     """
     live = np.flatnonzero(table.label != "dead")
     table = table.iloc[live].reset_index(drop=True)
-    truth = _unit(np.concatenate([planted.rows[name] for name in STREAMS], axis=1))
-    found = _unit(np.concatenate([rows[name][live] for name in STREAMS], axis=1))
+    truth = unit(np.concatenate([planted.rows[name] for name in STREAMS], axis=1))
+    found = unit(np.concatenate([rows[name][live] for name in STREAMS], axis=1))
     feature, latent = linear_sum_assignment(-(truth @ found.T))
     alike = np.einsum("nd,nd->n", truth[feature], found[latent]) >= ALIKE
     feature, latent = feature[alike], latent[alike]

@@ -10,10 +10,10 @@ from alignlens.dictionaries.config import Config, published
 from alignlens.dictionaries.evaluating import evaluate, match
 from alignlens.dictionaries.labels import CUTS, LABELS, Cuts, classify, label
 from alignlens.dictionaries.model import Dictionary, check_facts
-from alignlens.dictionaries.streams import STREAMS
+from alignlens.dictionaries.streams import STREAMS, unit
 from alignlens.dictionaries.training import train
 
 __all__ = [
     "CUTS", "LABELS", "STREAMS", "Config", "Cuts", "Dictionary", "check_facts", "classify", "evaluate", "label",
-    "match", "published", "train",
+    "match", "published", "train", "unit",
 ]  # fmt: skip

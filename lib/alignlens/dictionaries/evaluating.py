@@ -6,7 +6,7 @@ from scipy.optimize import linear_sum_assignment
 
 from alignlens.core.errors import DictionaryError
 from alignlens.dictionaries.model import Dictionary
-from alignlens.dictionaries.streams import join, moments
+from alignlens.dictionaries.streams import join, moments, unit
 
 
 def evaluate(dictionary: Dictionary, streams) -> dict:
@@ -55,8 +55,7 @@ def match(first: Dictionary, second: Dictionary, *, alive=None) -> pd.DataFrame:
     both = [{n: r.reshape(len(r), -1) for n, r in d.rows().items()} for d in (first, second)]
     size = {name: max(np.linalg.norm(r, axis=1).mean(), 1e-12) for name, r in both[0].items()}
     rows = [np.concatenate([r[n] / size[n] for n in size], axis=1)[i] for r, i in zip(both, indices, strict=True)]
-    units = [r / np.maximum(np.linalg.norm(r, axis=1, keepdims=True), 1e-12) for r in rows]
-    cosine = units[0] @ units[1].T
+    cosine = unit(rows[0]) @ unit(rows[1]).T
     i, j = linear_sum_assignment(-cosine)
     table = pd.DataFrame({"latent": indices[0][i], "partner": indices[1][j], "cosine": cosine[i, j].astype(float)})
     return table.sort_values("cosine", ascending=False, ignore_index=True)

@@ -8,7 +8,7 @@ import pandas as pd
 
 from alignlens.core.errors import DictionaryError
 from alignlens.dictionaries.model import Dictionary
-from alignlens.dictionaries.streams import STREAMS, Joined, join
+from alignlens.dictionaries.streams import STREAMS, Joined, join, unit
 
 LABELS = ("dead", "base_only", "aligned_only", "shared_same", "shared_rotated", "shared_attenuated")
 
@@ -106,11 +106,11 @@ def _latent_scaling(dictionary: Dictionary, joined: Joined, rows: dict) -> tuple
         reconstruction[name] -= np.outer(total, total @ r) / len(joined)
     energy, nu = np.maximum(energy, 1e-12), {}
     for name, other in (STREAMS, STREAMS[::-1]):
-        unit = rows[other] / np.maximum(np.linalg.norm(rows[other], axis=1, keepdims=True), 1e-12)
+        along = unit(rows[other])
         for what, sums in {"error": error, "reconstruction": reconstruction}.items():
-            beta = {stream: (sums[stream] * unit).sum(1) / energy for stream in STREAMS}
+            beta = {stream: (sums[stream] * along).sum(1) / energy for stream in STREAMS}
             if what == "error":  # this latent's own part, which the error lacks
-                beta = {stream: value + (rows[stream] * unit).sum(1) for stream, value in beta.items()}
+                beta = {stream: value + (rows[stream] * along).sum(1) for stream, value in beta.items()}
             below = np.where(np.abs(beta[other]) < 1e-9, np.nan, beta[other])
             nu[f"nu_{name}_{what}"] = np.where(fired > 0, beta[name] / below, np.nan)
         nu[f"nu_{name}"] = np.fmax(nu[f"nu_{name}_error"], nu[f"nu_{name}_reconstruction"])

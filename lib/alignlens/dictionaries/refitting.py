@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from alignlens.dictionaries.model import Dictionary
-from alignlens.dictionaries.streams import CHUNK, Joined
+from alignlens.dictionaries.streams import CHUNK, Joined, unit
 from alignlens.dictionaries.support import Codes, on_support
 
 WORSE = 1.05  # error after refitting over error before, above which the trained rows stay
@@ -25,9 +25,9 @@ def refit(dictionary: Dictionary, joined: Joined, scale: torch.Tensor, order: to
     sample = np.sort(order[: min(ROWS_A_LATENT * dictionary.width, ROWS)].numpy())
     decoder, bias = (torch.from_numpy(a.copy()) for a in (dictionary.decoder, dictionary.decoder_bias))
     for _ in range(dictionary.config.refit):
-        unit = decoder / scale  # codes are solved for in training's units, where each stream and layer counts the same
-        norms = unit.norm(dim=1, keepdim=True).clamp(min=1e-12)
-        gram, product = _normal_equations(dictionary, joined.chunks(sample), bias, scale, unit, norms)
+        scaled = decoder / scale  # codes are solved for in training's units, where streams and layers count the same
+        norms = scaled.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        gram, product = _normal_equations(dictionary, joined.chunks(sample), bias, scale, scaled / norms, norms)
         live = np.flatnonzero(np.diag(gram)[:-1] > 0)
         solve = np.append(live, len(gram) - 1)
         inner = gram[np.ix_(solve, solve)]
@@ -35,9 +35,8 @@ def refit(dictionary: Dictionary, joined: Joined, scale: torch.Tensor, order: to
         inner[np.diag_indices(len(live))] += ridge
         before = (decoder / norms).numpy()[live]  # a row as a code of training's units is multiplied with
         wanted = product[solve] + np.vstack([ridge * before, np.zeros((1, decoder.shape[1]))])
-        *rows, last = np.linalg.solve(inner, wanted)
-        rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-        decoder[live], bias = torch.from_numpy(rows).float(), torch.from_numpy(last).float()
+        solved = np.linalg.solve(inner, wanted)
+        decoder[live], bias = (torch.from_numpy(part).float() for part in (unit(solved[:-1]), solved[-1]))
     # Rows keep norm 1 in training's units, where streams and layers count the same; in their own the codes take it up.
     stretch = (torch.from_numpy(dictionary.decoder) / scale).norm(dim=1) / (decoder / scale).norm(dim=1)
     codes = {name: getattr(dictionary, name) * stretch.numpy() for name in ("encoder", "encoder_bias", "threshold")}
@@ -49,7 +48,7 @@ def refit(dictionary: Dictionary, joined: Joined, scale: torch.Tensor, order: to
     return dataclasses.replace(found if better else dictionary, facts=dictionary.facts | {"refit": better})
 
 
-def _normal_equations(dictionary: Dictionary, chunks, bias, scale, unit, norms) -> tuple[np.ndarray, np.ndarray]:
+def _normal_equations(dictionary: Dictionary, chunks, bias, scale, decoder, norms) -> tuple[np.ndarray, np.ndarray]:
     """float64 (F'F [w + 1, w + 1], F'x [w + 1, D]) of codes F, with a last column of ones for the bias."""
     w = dictionary.width
     gram, product = np.zeros((w + 1, w + 1)), np.zeros((w + 1, len(bias)))
@@ -57,7 +56,7 @@ def _normal_equations(dictionary: Dictionary, chunks, bias, scale, unit, norms) 
         found = dictionary.code(x)
         rows, columns = (torch.from_numpy(i).long() for i in found.tocoo().coords)
         codes = Codes(rows, columns, torch.from_numpy(found.data) * norms[columns, 0], found.shape)
-        found.data = on_support((x - bias) / scale, codes, unit / norms).double().numpy()
+        found.data = on_support((x - bias) / scale, codes, decoder).double().numpy()
         gram[:w, :w] += (found.T @ found).toarray()
         gram[w, :w] += found.sum(0)
         gram[w, w] += len(x)

@@ -55,6 +55,11 @@ def join(streams, shapes: dict | None = None) -> Joined:
     return Joined(list(streams.values()))
 
 
+def unit(rows: np.ndarray) -> np.ndarray:
+    """Rows [..., d] at norm 1; rows of zeros stay."""
+    return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
+
+
 def moments(joined: Joined) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and mean square about it of each dimension, float64 [D]."""
     first = joined.read(slice(0, CHUNK)).double().mean(0)  # shifts the sums, so that large means cost no digits

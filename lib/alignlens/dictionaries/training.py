@@ -105,9 +105,7 @@ class Trainer:
             found = self.step(self.take(order[place * config.batch_size :][: config.batch_size]))
             if self.at % every == 0 or self.at == self.steps - 1:
                 if not math.isfinite(found["loss"]):
-                    raise DictionaryError(
-                        f"training diverged at step {at}: lower learning_rate {self.config.learning_rate}"
-                    )
+                    raise DictionaryError(f"training diverged at step {at}: lower learning_rate {config.learning_rate}")
                 self.log.append({"step": self.at, **found})
 
     def step(self, x: torch.Tensor) -> dict:

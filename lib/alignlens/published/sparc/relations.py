@@ -8,6 +8,7 @@ from scipy.linalg import orthogonal_procrustes
 from sklearn.linear_model import Lasso
 from sklearn.metrics import r2_score
 
+from alignlens.dictionaries import unit
 from alignlens.published.sparc.classes import SHARED
 from alignlens.published.sparc.training import Sparc
 
@@ -61,10 +62,6 @@ def superposition(sparc: Sparc, table: pd.DataFrame, *, corrected=False, max_lat
     out = pd.DataFrame(rows, columns=columns + ["null_non_zeros", "p"] * corrected + ["superposed"])
     out.attrs["aligned_only"] = len(found)
     return out
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
 def _lasso(rows: np.ndarray, y: np.ndarray, candidates: int, corrected: bool) -> dict:
