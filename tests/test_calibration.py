@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from alignlens import calibration, dictionaries
-from alignlens.calibration import KINDS, Planted, Regime
+from alignlens.calibration import KINDS, Planted, Regime, running
+from alignlens.calibration.planted import SHARES
 from alignlens.core.errors import DictionaryError
 
 SMALL = Regime(features=48, d=24)
@@ -30,9 +31,7 @@ def truth(planted) -> pd.DataFrame:
 @pytest.mark.parametrize("regime", ["easy", "hard", SMALL])
 def test_rows_are_what_their_kind_says(regime):
     planted = Planted(regime, seed=1)
-    assert dict(pd.Series(planted.kind).value_counts(normalize=True)) == dict(
-        zip(KINDS, calibration.SHARES, strict=True)
-    )
+    assert dict(pd.Series(planted.kind).value_counts(normalize=True)) == dict(zip(KINDS, SHARES, strict=True))
     base, aligned = (planted.rows[name].astype(np.float64) for name in ("base", "aligned"))
     long, short = np.linalg.norm(base, axis=1), np.linalg.norm(aligned, axis=1)
     is_kind = {kind: planted.kind == kind for kind in KINDS}
@@ -145,7 +144,7 @@ def test_shuffled_labels_score_at_chance(planted, truth):
     rng = np.random.default_rng(0)
     tables = [truth.assign(label=rng.permutation(truth.label)) for _ in range(50)]
     found = pd.concat([calibration.score(planted, planted.rows, table) for table in tables]).groupby("kind").mean()
-    share = dict(zip(KINDS, calibration.SHARES, strict=True))
+    share = dict(zip(KINDS, SHARES, strict=True))
     for kind, row in found.iterrows():
         assert row.found == 1
         assert row.recall == pytest.approx(share[kind], abs=0.06)
@@ -231,14 +230,14 @@ def test_the_easy_regime_is_recovered(seed):
 @pytest.mark.parametrize("instrument", calibration.INSTRUMENTS)
 def test_each_instrument_is_scored_in_the_same_columns(monkeypatch, instrument):
     monkeypatch.setitem(calibration.REGIMES, "small", SMALL)
-    table = calibration.run("small", 0, instrument, samples=4000, epochs=1, held_out=2000)
+    monkeypatch.setattr(running, "HELD_OUT", 2000)
+    table = calibration.run("small", 0, instrument, samples=4000, epochs=1)
     assert list(table.kind) == list(KINDS) and (table.instrument == instrument).all()
     columns = ["planted", "found", "recall", "labelled", "false_discovery", "regime", "seed", "samples", "r2", "live"]
     assert table[columns].notna().all(axis=None)
     assert table.labelled.sum() <= table.live.iloc[0] and table.r2.iloc[0] <= 1
 
 
-def test_an_unknown_instrument_is_refused(monkeypatch):
-    monkeypatch.setitem(calibration.REGIMES, "small", SMALL)
+def test_an_unknown_instrument_is_refused():
     with pytest.raises(DictionaryError, match="'ruler' is unknown; choose from alignlens, l1, published"):
-        calibration.run("small", 0, "ruler", samples=100, epochs=1, held_out=100)
+        calibration.run("easy", 0, "ruler", samples=100, epochs=1)

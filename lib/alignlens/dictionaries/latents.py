@@ -5,14 +5,13 @@ Codes are sparse matrices [tokens, latents] as ``dictionaries.Dictionary.codes``
 reads all models of a family at the same tokens, so latent i is the same latent everywhere.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 from scipy.sparse import csr_array
-from scipy.stats import false_discovery_control, norm, rankdata
+from scipy.stats import rankdata
 
 from alignlens.core.errors import DictionaryError
+from alignlens.core.statistics import Z95, alternating_halves, by_group, corrected, p_value
 
 ANCHOR_LATENTS, ANCHOR_POSITIONS = 100, 64
 
@@ -28,9 +27,8 @@ def responses(codes: csr_array, tokens, *, fires: bool = False) -> np.ndarray:
     place = tokens.side.astype(np.int64) * pairs + tokens.row
     counts = np.bincount(place, minlength=2 * pairs).astype(float)
     sums = csr_array((np.ones(len(place)), (place, np.arange(len(place)))), shape=(2 * pairs, len(place)))
-    values = (sums @ (codes > 0).astype(float) if fires else sums @ codes).toarray()
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (values / counts[:, None]).reshape(2, pairs, -1)
+    values = (sums @ ((codes > 0).astype(float) if fires else codes)).toarray()
+    return (values / np.where(counts, counts, np.nan)[:, None]).reshape(2, pairs, -1)
 
 
 def usage(codes: csr_array, tokens) -> pd.DataFrame:
@@ -38,18 +36,12 @@ def usage(codes: csr_array, tokens) -> pd.DataFrame:
     its preference effect: mean over pairs of (mean code in chosen - in rejected), with a 95 % interval over prompts."""
     count = np.diff(codes.tocsc().indptr)
     total = np.asarray(codes.sum(0)).ravel()
-    chosen, rejected = responses(codes, tokens)
-    effect = _over_prompts(chosen - rejected, tokens.prompt_id)
-    return pd.DataFrame(
-        {
-            "latent": np.arange(codes.shape[1]),
-            "density": count / codes.shape[0],
-            "mean": total / codes.shape[0],
-            "max": codes.max(axis=0).toarray().ravel(),
-            "mean_active": total / np.maximum(count, 1),
-            **{f"effect{suffix}": value for suffix, value in effect.items()},
-        }
-    )
+    effect = _over_prompts(np.subtract(*responses(codes, tokens)), tokens.prompt_id)
+    columns = {
+        "latent": np.arange(codes.shape[1]), "density": count / codes.shape[0], "mean": total / codes.shape[0],
+        "max": codes.max(axis=0).toarray().ravel(), "mean_active": total / np.maximum(count, 1),
+    }  # fmt: skip
+    return pd.DataFrame(columns | {f"effect{suffix}": value for suffix, value in effect.items()})
 
 
 def change(base: csr_array, variant: csr_array, tokens) -> pd.DataFrame:
@@ -70,27 +62,17 @@ def change(base: csr_array, variant: csr_array, tokens) -> pd.DataFrame:
     for name, values in measures.items():
         found = _over_prompts(values, tokens.prompt_id)
         out |= {f"{name}_change{suffix}": value for suffix, value in found.items()}
-        error = np.maximum((found["_high"] - found["_low"]) / 3.92, 1e-12)
-        p = np.ones(len(alive))
-        if alive.any():
-            p[alive] = false_discovery_control(2 * norm.sf(np.abs(found[""][alive]) / error[alive]))
-        out[f"{name}_p"] = p
+        out[f"{name}_p"] = np.where(alive, corrected(np.where(alive, p_value(*found.values()), np.nan)), 1.0)
     return pd.DataFrame(out)
 
 
 def _over_prompts(values: np.ndarray, prompt_id: np.ndarray) -> dict[str, np.ndarray]:
     """Mean over prompts of values [pairs, latents] and its 95 % interval; pairs of a prompt count as one."""
-    index = pd.factorize(prompt_id)[0]
-    known = np.isfinite(values)
-    sums = np.zeros((index.max() + 1, values.shape[1]))
-    counts = np.zeros_like(sums)
-    np.add.at(sums, index, np.where(known, values, 0.0))
-    np.add.at(counts, index, known)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        each = sums / counts
+    sums, counts = by_group(values, pd.factorize(prompt_id)[0])
+    each = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
     n = np.maximum(np.isfinite(each).sum(0), 1)
     mean = np.nansum(each, axis=0) / n
-    half = 1.96 * np.sqrt(np.nansum((each - mean) ** 2, axis=0) / np.maximum(n - 1, 1) / n)
+    half = Z95 * np.sqrt(np.nansum((each - mean) ** 2, axis=0) / np.maximum(n - 1, 1) / n)
     return {"": mean, "_low": mean - half, "_high": mean + half}
 
 
@@ -113,10 +95,8 @@ def factor_auroc(codes: csr_array, tokens, factors: pd.DataFrame, *, permutation
     for i, name in enumerate(names):
         found = _auroc(ranks, truth[known, i])
         rows.append(pd.DataFrame({"latent": np.arange(codes.shape[1]), "factor": name, "auroc": found}))
-        largest = []
-        for _ in range(permutations):
-            shuffled = truth[:, rng.permutation(truth.shape[1]), i]
-            largest.append(np.nanmax(np.abs(_auroc(ranks, shuffled[known]) - 0.5)))
+        shuffled = (truth[:, rng.permutation(truth.shape[1]), i] for _ in range(permutations))
+        largest = [np.nanmax(np.abs(_auroc(ranks, labels[known]) - 0.5)) for labels in shuffled]
         null.append({"factor": name, "ceiling": 0.5 + float(np.quantile(largest, 0.95))})
     return pd.concat(rows, ignore_index=True), pd.DataFrame(null)
 
@@ -141,10 +121,8 @@ def anchors(base: csr_array, variant: csr_array, tokens, *, seed: int = 0) -> pd
     scatter. published : True for the latent that the published study would have taken, the one with the largest mean
     on the base, read forward only.
     """
-    half = pd.factorize(tokens.prompt_id)[0] % 2
-    first = half[tokens.row] == 0
-    rate = np.asarray((base[first] > 0).mean(0)).ravel()
-    mean = np.asarray(base[first].mean(0)).ravel()
+    first = alternating_halves(tokens.prompt_id)[tokens.row] == 0
+    rate, mean = (np.asarray(x.mean(0)).ravel() for x in (base[first] > 0, base[first]))
     eligible = np.flatnonzero(rate * first.sum() >= 2 * ANCHOR_POSITIONS)
     if not len(eligible):
         eligible = np.argsort(-rate)[: max(1, len(rate) // 10)]
@@ -152,15 +130,14 @@ def anchors(base: csr_array, variant: csr_array, tokens, *, seed: int = 0) -> pd
     top = int(mean.argmax())
     latents = np.unique(np.append(drawn, top))
     a, b = (codes[~first][:, latents].toarray() for codes in (base, variant))
-    count = min(ANCHOR_POSITIONS, len(a))
-    forward, backward = _ratio_at_top(a, a, b, count), _ratio_at_top(b, a, b, count)
-    table = pd.DataFrame({"latent": latents, "forward": forward, "backward": backward})
-    table["ratio"] = np.sqrt(table.forward * table.backward)
-    return table.assign(published=table.latent == top)
+    forward, backward = _ratio_at_top(a, a, b), _ratio_at_top(b, a, b)
+    ratio = np.sqrt(forward * backward)
+    columns = {"latent": latents, "forward": forward, "backward": backward, "ratio": ratio, "published": latents == top}
+    return pd.DataFrame(columns)
 
 
-def _ratio_at_top(by: np.ndarray, base: np.ndarray, variant: np.ndarray, count: int) -> np.ndarray:
-    places = np.argsort(-by, axis=0, kind="stable")[:count]
+def _ratio_at_top(by: np.ndarray, base: np.ndarray, variant: np.ndarray) -> np.ndarray:
+    places = np.argsort(-by, axis=0, kind="stable")[:ANCHOR_POSITIONS]
     above, below = (np.take_along_axis(x, places, axis=0).mean(0) for x in (variant, base))
     return above / np.maximum(below, 1e-9)
 
@@ -176,17 +153,11 @@ def examples(
     Returns index (into the tokens), band (0 strongest), code. Only the strongest would show it at its most flattering.
     """
     column = codes[:, [latent]].tocoo()
-    order = np.argsort(-column.data, kind="stable")
-    rng, seen, rows = np.random.default_rng([seed, latent]), set(), []
-    for band, part in enumerate(np.array_split(order, bands)):
-        part = part if band == 0 else rng.permutation(part)
-        taken = 0
-        for place in part:
-            index = int(column.row[place])
-            prompt = tokens.prompt_id[tokens.row[index]]
-            if prompt in seen or taken == per_band:
-                continue
-            seen.add(prompt)
-            taken += 1
-            rows.append({"index": index, "band": band, "code": float(column.data[place])})
-    return pd.DataFrame(rows, columns=["index", "band", "code"])
+    found = pd.DataFrame({"index": column.row.astype(int), "code": column.data.astype(float)})
+    found["prompt"] = tokens.prompt_id[tokens.row[found["index"]]]
+    rng, taken = np.random.default_rng([seed, latent]), []
+    for band, part in enumerate(np.array_split(np.argsort(-column.data, kind="stable"), bands)):
+        part = found.iloc[part if band == 0 else rng.permutation(part)].assign(band=band)
+        fresh = ~part.prompt.isin([prompt for rows in taken for prompt in rows.prompt])
+        taken.append(part[fresh].drop_duplicates("prompt").head(per_band))
+    return pd.concat(taken, ignore_index=True)[["index", "band", "code"]]

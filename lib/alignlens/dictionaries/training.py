@@ -1,0 +1,244 @@
+"""Training: BatchTopK or an L1 penalty, every gradient in closed form on the kept codes alone.
+
+BatchTopK (Bussmann et al., arXiv 2412.06410; for crosscoders Minder et al., arXiv 2504.02922) keeps the k x rows
+largest codes of a batch. They are a few percent of all, so only the encoder's product is dense.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+import pandas as pd
+import torch
+
+from alignlens.core.errors import DictionaryError
+from alignlens.dictionaries import reseeding
+from alignlens.dictionaries.config import Config, check
+from alignlens.dictionaries.model import Dictionary
+from alignlens.dictionaries.refitting import refit
+from alignlens.dictionaries.streams import CHUNK, Joined, join, moments
+from alignlens.dictionaries.support import Codes, on_support
+
+CALIBRATION_ROWS = 65_536  # from which the fixed threshold is told
+
+
+def train(streams, config: Config | None = None, *, facts: dict | None = None, device: str = "cpu") -> Dictionary:
+    """Train a dictionary on named streams.
+
+    Parameters
+    ----------
+    streams : name -> [rows, d] or [rows, layers, d], row i the same token in all; float16 or float32, memory-mapped
+        arrays are read batch by batch. {"base": x} is a sparse autoencoder, {"base": x, "aligned": y} a crosscoder.
+    facts : kept with the dictionary, for ``Dictionary.load`` to check.
+
+    Raises
+    ------
+    DictionaryError for streams that do not fit each other, hold NaN, or are fewer rows than a batch; for settings out
+    of range; and if training diverges.
+    """
+    config, joined = config or Config(), join(streams)
+    shapes = {name: tuple(x.shape[1:]) for name, x in streams.items()}
+    check(config, len(joined), shapes)
+    trainer = Trainer(joined, shapes, config, device)
+    trainer.run()
+    found = dataclasses.replace(trainer.folded(), facts=facts or {})
+    return refit(found, joined, trainer.scale, trainer.order(-2)) if config.refit else found
+
+
+def units(joined: Joined, shapes: dict, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
+    """Centre and scale [D]: every stream and layer gets the same energy, or the one with the largest norm would be all
+    that counts."""
+    mean, variance = moments(joined)
+    if config.published:
+        return torch.zeros_like(mean).float(), torch.ones_like(mean).float()
+    sizes = [shape[-1] for shape in shapes.values() for _ in range(math.prod(shape[:-1]))]
+    energy = [part.sum().sqrt() for part in variance.split(sizes)]
+    energy = [e if e > 0 else torch.ones_like(e) for e in energy]  # constant: rounding must not be blown up
+    return mean.float(), torch.cat([e.expand(size) for e, size in zip(energy, sizes, strict=True)]).float()
+
+
+class Trainer:
+    """Weights, optimiser and counters of one training; ``step`` is the whole algorithm."""
+
+    def __init__(self, joined: Joined, shapes: dict, config: Config, device: str):
+        self.joined, self.shapes, self.config, self.device = joined, shapes, config, device
+        self.mean, self.scale = units(joined, shapes, config)
+        self.sizes = [math.prod(shape) for shape in shapes.values()]
+        draw = torch.Generator().manual_seed(config.seed)
+        # All streams start with the same decoder row: what differs afterwards, the data made differ.
+        copies = len(self.sizes) if len(set(self.sizes)) == 1 else 1
+        start = [torch.randn(config.width, size, generator=draw) for size in self.sizes[::copies]]
+        decoder = torch.cat(start * copies, dim=1)
+        decoder /= decoder.norm(dim=1, keepdim=True) / (0.1 if config.published else 1.0)
+        self.decoder = decoder.to(device)
+        self.encoder = self.decoder.clone()  # [w, D]: a latent's row is contiguous, as the sparse gradients want it
+        self.encoder_bias, self.decoder_bias = (torch.zeros(size, device=device) for size in decoder.shape)
+        self.weights = [self.encoder, self.decoder, self.encoder_bias, self.decoder_bias]
+        self.optimizer = torch.optim.Adam([w.requires_grad_() for w in self.weights], config.learning_rate, fused=True)
+        self.silent = torch.zeros(config.width, dtype=torch.int64, device=device)
+        self.threshold, self.at, self.log, self.tied = 0.0, 0, [], round(config.shared * config.width)
+        self.batches = len(joined) // config.batch_size
+        self.steps = min(config.steps or 2**62, max(1, round(config.epochs * self.batches)))
+        shares = np.linspace(0.25, 0.75, config.reseed) if config.reseed > 1 else np.full(config.reseed, 0.5)
+        self.reseed_at = {max(1, int(share * self.steps)) for share in shares}
+
+    def draw(self, place: int) -> torch.Generator:
+        return torch.Generator().manual_seed(1_000_003 * self.config.seed + place)
+
+    def order(self, epoch: int) -> torch.Tensor:
+        """Rows in the order of an epoch; negative ones are samples for other ends."""
+        return torch.randperm(len(self.joined), generator=self.draw(epoch))
+
+    def take(self, which: torch.Tensor) -> torch.Tensor:
+        """Rows in training's units, [n, D]."""
+        return ((self.joined.read(which.numpy()) - self.mean) / self.scale).to(self.device)
+
+    @torch.no_grad()
+    def run(self) -> None:
+        config, every = self.config, max(1, self.steps // 50)
+        for at in range(self.steps):
+            self.at, (epoch, place) = at, divmod(at, self.batches)
+            if place == 0:
+                order = self.order(epoch)
+            if self.at in self.reseed_at:
+                self._reseed(order)
+            found = self.step(self.take(order[place * config.batch_size :][: config.batch_size]))
+            if self.at % every == 0 or self.at == self.steps - 1:
+                if not math.isfinite(found["loss"]):
+                    raise DictionaryError(f"training diverged at step {at}: lower learning_rate {config.learning_rate}")
+                self.log.append({"step": self.at, **found})
+
+    def step(self, x: torch.Tensor) -> dict:
+        """One batch: keep the largest codes, follow the gradient of the squared error at them. Returns the losses."""
+        config, n = self.config, len(x)
+        rise = min(1.0, (self.at + 1) / (config.warmup * self.steps + 1))
+        fall = min(1.0, (self.steps - self.at) / (config.decay * self.steps)) if config.decay else 1.0
+        self.optimizer.param_groups[0]["lr"] = config.learning_rate * rise * fall
+
+        # As in SAELens, the published autoencoder takes the decoder's bias off its input.
+        seen = x - self.decoder_bias if config.published else x
+        pre = torch.addmm(self.encoder_bias, seen, self.encoder.T)
+        codes = self._keep_largest(pre)
+        error = x - self.decoder_bias - codes.matrix(codes.values) @ self.decoder
+        gradient = error * (-2.0 / n)
+        to_code = codes.along(gradient, self.decoder)
+        self.decoder.grad = codes.transposed(codes.values) @ gradient
+        if config.activation == "l1":
+            to_code = self._penalise(codes, to_code, n)
+        self.encoder.grad = codes.transposed(to_code) @ seen
+        self.encoder_bias.grad = torch.zeros_like(self.encoder_bias).index_add_(0, codes.columns, to_code)
+        self.decoder_bias.grad = gradient.sum(0)
+
+        self.silent += n
+        self.silent[codes.columns] = 0
+        dead = torch.nonzero(self.silent > config.dead_after)[:, 0]
+        if config.aux_weight and len(dead):
+            self._revive(dead, seen, pre, error)
+        if config.published:  # the bias that was taken off the input, for both losses
+            self.decoder_bias.grad -= self.encoder_bias.grad @ self.encoder
+        self._project()
+        self.optimizer.step()
+        if not config.published:
+            self.decoder /= self.decoder.norm(dim=1, keepdim=True)
+        return {"loss": float(error.square().sum(1).mean()), "l0": len(codes.values) / n, "dead": len(dead)}
+
+    def _keep_largest(self, pre: torch.Tensor) -> Codes:
+        """The k x n largest positive codes of the batch; all positive ones with the L1 penalty."""
+        wanted = int(self.config.k * len(pre))
+        score = pre * self.decoder.norm(dim=1) if self.config.published else pre  # else the rows have norm 1
+        # Most codes lie far below the last threshold: looking at the others alone saves sorting the whole batch.
+        rows, columns = torch.nonzero(score > 0.6 * self.threshold, as_tuple=True)
+        if self.config.activation == "batchtopk":
+            if len(rows) < wanted:
+                rows, columns = torch.nonzero(score > 0, as_tuple=True)
+            values, cut = score[rows, columns], 0.0
+            if len(values) > wanted:
+                cut = float(values.kthvalue(len(values) - wanted).values)
+                rows, columns = rows[values > cut], columns[values > cut]
+            self.threshold = 0.99 * self.threshold + 0.01 * cut if self.config.published and self.at else cut
+        return Codes(rows, columns, pre[rows, columns], pre.shape)
+
+    def _penalise(self, codes: Codes, to_code: torch.Tensor, n: int) -> torch.Tensor:
+        """Gradient of l1 x code x (sum of the streams' decoder norms): shrinks codes, favours exclusive latents."""
+        parts = self.decoder.split(self.sizes, dim=1)
+        norms = torch.stack([part.norm(dim=1) for part in parts], dim=1)
+        mean_code = torch.zeros_like(self.encoder_bias).index_add_(0, codes.columns, codes.values) / n
+        direction = torch.cat([p / m.clamp(min=1e-6)[:, None] for p, m in zip(parts, norms.T, strict=True)], dim=1)
+        weight = self.config.l1 * min(1.0, (self.at + 1) / (0.2 * self.steps))
+        self.decoder.grad += weight * mean_code[:, None] * direction
+        return to_code + weight / n * norms.sum(1)[codes.columns]
+
+    def _revive(self, dead: torch.Tensor, seen: torch.Tensor, pre: torch.Tensor, error: torch.Tensor) -> None:
+        """Add the gradient of the auxiliary loss: dead latents rebuild the error that the live ones leave."""
+        config, decoder = self.config, self.decoder[dead]
+        weight = config.aux_weight * (min(1.0, len(dead) / config.aux_k) if config.published else 1.0)
+        values, places = pre[:, dead].topk(min(config.aux_k, len(dead)), dim=1)
+        codes = torch.zeros(len(pre), len(dead), device=self.device).scatter_(1, places, values.relu())
+        gradient = (error - codes @ decoder) * (-2.0 * weight / len(pre))
+        to_code = (gradient @ decoder.T) * (codes > 0)
+        self.decoder.grad.index_add_(0, dead, codes.T @ gradient)
+        self.encoder.grad.index_add_(0, dead, to_code.T @ seen)
+        self.encoder_bias.grad.index_add_(0, dead, to_code.sum(0))
+
+    def _project(self) -> None:
+        if self.tied:  # designated shared latents: one row for all streams, moved by the sum of its gradients
+            tied = self.decoder.grad[: self.tied]
+            tied[:] = sum(tied.split(self.sizes, dim=1)).repeat(1, len(self.sizes))
+        if not self.config.published:  # no step along the row: its length is the code's business
+            along = (self.decoder.grad * self.decoder).sum(1, keepdim=True)
+            self.decoder.grad -= along * self.decoder
+
+    def _reseed(self, order: torch.Tensor) -> None:
+        """Start latents that hardly fire again where the others leave a common error."""
+        x = self.take(order[: reseeding.ROWS])
+        pre = torch.addmm(self.encoder_bias, x, self.encoder.T)
+        rows, columns = torch.nonzero(pre > max(self.threshold, 1e-9), as_tuple=True)
+        codes = Codes(rows, columns, pre[rows, columns], pre.shape)
+        fired = torch.bincount(columns, minlength=self.config.width)
+        free = torch.nonzero(fired[self.tied :] < reseeding.RARE)[: reseeding.MOST, 0] + self.tied
+        if not len(free):
+            return
+        error = x - self.decoder_bias
+        error -= codes.matrix(on_support(error, codes, self.decoder)) @ self.decoder
+        known = self.decoder[fired >= reseeding.RARE]
+        found = reseeding.missing_directions(error, known, len(free), self.draw(self.at))
+        free = free[: len(found)]
+        self.encoder[free] = self.decoder[free] = found
+        # They begin by firing on the rows that lie furthest along them, not on every row that leans their way.
+        self.encoder_bias[free] = self.threshold - reseeding.sharing_cut(x @ found.T)
+        self.silent[free] = 0
+        for weight in self.weights[:3]:
+            for moment in ("exp_avg", "exp_avg_sq"):
+                self.optimizer.state[weight][moment][free] = 0
+
+    @torch.no_grad()
+    def folded(self) -> Dictionary:
+        """The dictionary in the streams' own units, with a threshold that fires as often as the batches' own did."""
+        encoder, decoder, bias, decoder_bias = (weight.detach().cpu() for weight in self.weights)
+        threshold, published = self.threshold, self.config.published
+        weigh = decoder.norm(dim=1).clamp(min=1e-12) if published else torch.ones(self.config.width)
+        if published:
+            bias = bias - encoder @ decoder_bias
+        elif self.config.activation == "batchtopk":
+            threshold = self._fixed_threshold(encoder, bias)
+        norms = (decoder * self.scale).norm(dim=1).clamp(min=1e-12)  # of decoder rows, which get norm 1
+        weights = {
+            "encoder": ((encoder / self.scale) * norms[:, None]).T.contiguous(),
+            "encoder_bias": (bias - (encoder / self.scale) @ self.mean) * norms,
+            "decoder": (decoder * self.scale) / norms[:, None],
+            "decoder_bias": decoder_bias * self.scale + self.mean,
+            "threshold": threshold / weigh * norms,
+        }
+        arrays = {name: weight.numpy() for name, weight in weights.items()}
+        return Dictionary(**arrays, shapes=self.shapes, config=self.config, history=pd.DataFrame(self.log))
+
+    def _fixed_threshold(self, encoder: torch.Tensor, bias: torch.Tensor) -> float:
+        """The value above which k codes a row lie, over a sample of rows."""
+        sample, kept = self.order(-1)[:CALIBRATION_ROWS], torch.empty(0)
+        wanted = int(self.config.k * len(sample))
+        for part in sample.split(CHUNK):
+            pre = torch.addmm(bias, self.take(part).cpu(), encoder.T).flatten()
+            kept = torch.cat([kept, pre[pre > (kept.min() if len(kept) == wanted else 0)]])
+            if len(kept) > wanted:
+                kept = kept.topk(wanted, sorted=False).values
+        return float(kept.min()) if len(kept) == wanted else 0.0

@@ -1,0 +1,126 @@
+"""What the published study reads off the decoder rows: superposition and the geometry of shared latents."""
+
+import math
+
+import numpy as np
+import pandas as pd
+from scipy.linalg import orthogonal_procrustes
+from sklearn.linear_model import Lasso
+from sklearn.metrics import r2_score
+
+from alignlens.dictionaries import unit
+from alignlens.published.sparc.classes import SHARED
+from alignlens.published.sparc.training import Sparc
+
+CANDIDATES = 256  # base rows that the regressions of windows and corrected ones start from
+MIN_DENSITY = 0.01  # of a latent that corrected geometry looks at
+PINV = ("singular_mean", "singular_std", "condition", "angle_degrees")
+PROCRUSTES = ("residual", "unrotated", "null_mean", "null_low", "p")
+
+
+def superposition(sparc: Sparc, table: pd.DataFrame, *, corrected=False, max_latents=256, draws=100) -> pd.DataFrame:
+    """Are aligned-only latents sparse sums of base latents? Lasso (no intercept) of an aligned row on the base rows.
+
+    published   alpha 0.01 in scikit-learn's units, where all weights are zero once alpha >= alpha_max = max |X'y| / d.
+                For unit vectors alpha_max <= 1 / d, so the test is silent from d = 100 on (`can_fire`). Counted if
+                r2 > 0.8 with 2 .. 50 non-zeros; windows: unit vectors, r2 >= 0.5, 2 or more, one of another layer.
+    corrected   unit vectors and alpha = alpha_max / 10. p = share of random directions (Gaussian mixtures of the
+                aligned rows) that need no more non-zeros. Counted if r2 > 0.8, 2 .. 50 non-zeros and p <= 0.05, and
+                in windows one of another layer. null_non_zeros is the median of the random directions.
+
+    Windows and `corrected` regress on the 256 base rows of largest |cosine|. At most `max_latents` latents, drawn at
+    random; `attrs["aligned_only"]` holds how many there are. One row a latent: latent, layer (position in the window),
+    alpha, alpha_max, can_fire, non_zeros, r2, parts (base latents by weight), part_layers, superposed.
+    """
+    base, aligned = sparc.decoders.astype(np.float64)
+    home, windowed = np.linalg.norm(aligned, axis=-1).argmax(0), len(base) > 1  # the layer where a latent writes most
+    if corrected or windowed:
+        base, aligned = unit(base), unit(aligned)
+    flat = base.reshape(-1, base.shape[-1])
+    candidates = CANDIDATES if corrected or windowed else len(flat)
+    found = table.loc[table["label"] == "aligned_only", "latent"].to_numpy()
+    rng = np.random.default_rng(0)
+    null, rows = {}, []
+    for latent in np.sort(rng.choice(found, min(max_latents, len(found)), replace=False)):
+        layer = home[latent]
+        row = _lasso(flat, aligned[layer, latent], candidates, corrected)
+        layers, parts = np.divmod(np.array(row["parts"], int), base.shape[1])
+        row |= {"latent": latent, "layer": layer, "parts": parts.tolist(), "part_layers": layers.tolist()}
+        row["superposed"] = row["r2"] > 0.8 and 2 <= row["non_zeros"] <= 50
+        if windowed and not corrected:
+            row["superposed"] = row["r2"] >= 0.5 and row["non_zeros"] >= 2
+        if windowed:
+            row["superposed"] &= bool((layers != layer).any())
+        if corrected:
+            if layer not in null:
+                random = unit(rng.standard_normal((draws, base.shape[1])) @ aligned[layer])
+                null[layer] = np.array([_lasso(flat, y, candidates, corrected)["non_zeros"] for y in random])
+            p = (1 + (null[layer] <= row["non_zeros"]).sum()) / (1 + draws)
+            row |= {"null_non_zeros": np.median(null[layer]), "p": p, "superposed": row["superposed"] & bool(p <= 0.05)}
+        rows.append(row)
+    columns = ["latent", "layer", "alpha", "alpha_max", "can_fire", "non_zeros", "r2", "parts", "part_layers"]
+    out = pd.DataFrame(rows, columns=columns + ["null_non_zeros", "p"] * corrected + ["superposed"])
+    out.attrs["aligned_only"] = len(found)
+    return out
+
+
+def _lasso(rows: np.ndarray, y: np.ndarray, candidates: int, corrected: bool) -> dict:
+    """Lasso of y [d] on base rows [w, d]; `parts` are row numbers, heaviest first."""
+    products = np.abs(rows @ y)
+    kept = np.argsort(-products, kind="stable")[:candidates]
+    alpha_max = products.max() / len(y)
+    alpha = alpha_max / 10 if corrected else 0.01
+    weights, can_fire = np.zeros(len(kept)), bool(alpha < alpha_max)
+    if can_fire:  # else the solution is known to be zero, and at full size a fit takes seconds
+        weights = Lasso(alpha=alpha, fit_intercept=False, max_iter=10_000).fit(rows[kept].T, y).coef_
+    parts = [int(kept[i]) for i in np.argsort(-np.abs(weights), kind="stable") if abs(weights[i]) > 1e-6]
+    measured = {"alpha": alpha, "alpha_max": alpha_max, "can_fire": can_fire, "non_zeros": len(parts)}
+    return measured | {"r2": r2_score(y, weights @ rows[kept]), "parts": parts}
+
+
+def shared_geometry(sparc: Sparc, table: pd.DataFrame, *, corrected=False, permutations=100) -> pd.DataFrame:
+    """One linear map from the base to the aligned decoder rows of shared latents, per layer, class and all_shared.
+
+    published   T = Va Vb' pinv(Vb Vb') (columns v): mean and std of its singular values, condition number, mean angle
+                of v and Tv in degrees. With fewer than d latents T is not unique and the condition number infinite.
+    corrected   the best orthogonal map (Procrustes) of unit vectors, on free latents that fire in at least 1 % of the
+                rows of a stream. residual = share of squares that the map (with one scale) leaves, unrotated = without
+                a map, null_mean and null_low = mean and 2.5 % percentile of the residual with partners permuted, p =
+                share of permutations no worse.
+
+    Numbers are NaN below 10 latents, the published minimum.
+    """
+    live = True
+    if corrected:
+        live = ~table["forced"] & (table[["density_base", "density_aligned"]].max(axis=1) >= MIN_DENSITY)
+    rng, rows = np.random.default_rng(0), []
+    for layer, (base, aligned) in enumerate(zip(*sparc.decoders.astype(np.float64), strict=True)):
+        for name in (*SHARED, "all_shared"):
+            members = table["label"].isin(SHARED if name == "all_shared" else [name])
+            latents = table.loc[members & live, "latent"]
+            row = {"layer": layer, "label": name, "n": len(latents)}
+            if len(latents) >= 10:
+                pair = base[latents], aligned[latents]
+                row |= _procrustes(*map(unit, pair), permutations, rng) if corrected else _pinv_map(*pair)
+            rows.append(row)
+    return pd.DataFrame(rows, columns=["layer", "label", "n", *(PROCRUSTES if corrected else PINV)])
+
+
+def _pinv_map(base: np.ndarray, aligned: np.ndarray) -> dict[str, float]:
+    """Published numbers of the map T with T base_i ~ aligned_i; rows [n, d]."""
+    t = aligned.T @ base @ np.linalg.pinv(base.T @ base)
+    singular, moved = np.linalg.svd(t, compute_uv=False), base @ t.T
+    cosine = np.abs((unit(base) * unit(moved)).sum(1)).clip(max=1)
+    condition = singular[0] / singular[-1] if singular[-1] > 1e-12 else math.inf
+    numbers = singular.mean(), singular.std(), condition, np.degrees(np.arccos(cosine)).mean()
+    return dict(zip(PINV, numbers, strict=True))
+
+
+def _procrustes(base: np.ndarray, aligned: np.ndarray, permutations: int, rng) -> dict[str, float]:
+    def residual(partner):
+        return 1 - (orthogonal_procrustes(base, partner)[1] / len(base)) ** 2  # unit rows: |base| |partner| = n
+
+    found = residual(aligned)
+    null = np.array([residual(aligned[rng.permutation(len(base))]) for _ in range(permutations)])
+    unrotated, p = 1 - ((base * aligned).sum() / len(base)) ** 2, (1 + (null <= found).sum()) / (1 + permutations)
+    return dict(zip(PROCRUSTES, (found, unrotated, null.mean(), np.percentile(null, 2.5), p), strict=True))
