@@ -168,18 +168,6 @@ def baselines(study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows).T.astype(float).rename_axis(["family", "baseline"]).reset_index()
 
 
-def selectivity(study: Study) -> pd.DataFrame:
-    """``probes.selectivity`` of each base at its reference layer, under both protocols."""
-    rows, options = [], {"folds": study.preset.folds, "bootstrap": study.preset.bootstrap}
-    for family, layer in reference_layers(study).items():
-        found = study.activations(Variant(family, "base"))
-        sides = [side[:, None] for side in found.at(layer)]
-        for protocol in PROTOCOLS:
-            table = probes.selectivity(*sides, found.prompt_id, protocol=protocol, **options)
-            rows.append({"family": family, "protocol": protocol, **table.iloc[0].to_dict(), "layer": layer})
-    return pd.DataFrame(rows)
-
-
 # --- one base, several sets of pairs ----------------------------------------------------------------------------------
 
 NOISE_DRAWS = 10  # one draw of few pairs can lie far from 0.5, so a floor is a mean
