@@ -86,7 +86,10 @@ def test_run_id_names_results_not_places(tmp_path):
     here = study.open("smoke", store=str(tmp_path), progress=False)
     assert here.run_id == study.open("smoke", store=str(tmp_path), jobs=2, figures="elsewhere").run_id
     assert here.run_id != study.open("smoke", store=str(tmp_path), steps=19).run_id
-    given = [study.open("smoke", store=str(tmp_path), checkpoints={"llama:dpo": f"hub/{n}"}).run_id for n in "ab"]
+    given = {
+        study.open("smoke", store=str(tmp_path), variants="auto", checkpoints={"llama:dpo": f"hub/{name}"}).run_id
+        for name in "ab"
+    }
     assert len({here.run_id, *given}) == 3, "another checkpoint under the same name is another run"
 
 
