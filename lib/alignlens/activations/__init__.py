@@ -1,8 +1,7 @@
 """Residual streams of preference pairs, read through TransformerLens after a block (``blocks.{i}.hook_resid_post``).
 
-``read`` takes one vector per response and layer, ``read_tokens`` one per response token; nothing else is kept while the
-model runs. ``spliced_loss`` puts other streams in their place. For other experiments: ``ready`` gives the bridge,
-``Sequences`` the batches, a ``Batch`` its streams, logits and scores, ``replacing`` a hook.
+``read`` takes one vector per response, ``read_tokens`` one per response token; ``spliced_loss`` puts others in their
+place. ``ready`` gives the bridge, ``Sequences`` batches, a ``Batch`` streams, logits and scores, ``replacing`` a hook.
 """
 
 from alignlens.activations.bridging import bridge, hook_name, ready, replacing

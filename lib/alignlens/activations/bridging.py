@@ -58,8 +58,7 @@ def bridge(model, *, own: bool = False):
 def ready(model, sequences, layers, *, own: bool = False):
     """The model's bridge (or the model, if it is one), in evaluation mode, and the layers as a list of block indices.
 
-    layers : "all", one or several, negative from the end. ActivationError if the model lacks one, or cannot hold one of
-    the sequences (lists of token ids).
+    layers : "all", one or several, negative from the end. ActivationError for others and for token ids it cannot hold.
     """
     source = getattr(model, "original_model", model)
     longest, limit = max(map(len, sequences)), source.config.get_text_config().max_position_embeddings

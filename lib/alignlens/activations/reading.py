@@ -57,11 +57,11 @@ def place_of(layer: int, layers: list[int]) -> int:
 class Activations:
     """Residual streams of pairs at one position.
 
-    chosen, rejected : float32 [pairs, layers, d_model], in input order; layers : block indices, 0 being the stream
-        after the first block; prompt_id : str [pairs]
+    chosen, rejected : float32 [pairs, layers, d_model]; prompt_id : str [pairs]; both in input order
+    layers : block indices, 0 being the stream after the first block
     position : last (the end-of-turn token of the response), mean (over the response's tokens, its end included) or
         prompt (the last prompt token, where chosen and rejected are the same by causality)
-    kept : bool [input rows], those not dropped; report : how many rows were dropped and why, and what was read
+    kept : bool [input rows]; report : how many rows were dropped and why, and what was read
     """
 
     chosen: np.ndarray
@@ -102,9 +102,8 @@ class Tokens:
 
     streams : float16, or float32 where a value reaches 3e4 [tokens, layers, d_model], by row, side and place; in memory
         or mapped from a file; layers : block indices, 0 being the stream after the first block
-    token_id, row, side, place : int [tokens]: the token, its pair among the kept ones, 0 chosen or 1 rejected, and its
-        position in the response, from 0. A response that several rows share (with its prompt) is read once and stands
-        in the first of them.
+    token_id, row, side (int8), place : int32 [tokens]: the token, its pair among the kept, 0 chosen or 1 rejected, and
+        its position in the response, from 0. What several rows share is read once and stands in the first of them.
     prompt_id : str [kept pairs]; kept : bool [input rows]
     report : how many pairs were dropped and why, tokens, sequences (distinct responses), bytes and dtype of ``streams``
     """
@@ -152,18 +151,15 @@ def read(
         ``max_length`` tokens are dropped and counted (nothing is cut), or ``preferences.Encoded``.
     layers : "all" or block indices, negative from the end; batch_size : changes the speed, not the result.
     formatter : the format the model was trained with, if it is not the tokenizer's default (instead of ``max_length``).
-    Returns ``Activations``, float32 whatever the model's precision; texts that are the same are read once. Raises
-    ActivationError for unknown layers or positions, sequences that the model cannot hold, another model's tokenizer, a
-    lack of GPU memory, and NaN or infinite activations (with layer, row and prompt_id); PreferenceError if no pair can
-    be formatted.
+    Returns float32 whatever the model's precision. Raises ActivationError for unknown layers or positions, sequences
+    that the model cannot hold, another model's tokenizer, a lack of GPU memory, and NaN or infinite activations (with
+    layer, row and prompt_id); PreferenceError if no pair can be formatted.
     """
     if position not in POSITIONS:
         raise ActivationError(f"position={position!r}: choose one of {', '.join(POSITIONS)}")
     formatter, encoded = encode(tokenizer, pairs, formatter, max_length)
-    # By causality the prompt's stream does not depend on the response: it is read once and shared by both sides.
     sides = [encoded.chosen_ids, encoded.rejected_ids] if position != "prompt" else [[[]] * len(encoded)]
-    lead = 0 if position == "mean" else None
-    sequences = Sequences.of(encoded.prompt_ids * len(sides), sum(sides, []), lead=lead)
+    sequences = Sequences.of(encoded.prompt_ids * len(sides), sum(sides, []), lead=0 if position == "mean" else None)
     bridged, layers = ready(model, sequences.ids, layers, own=own)
     out = allocate((len(sequences.place), len(layers), bridged.cfg.d_model))
     members = pd.Series(sequences.place).groupby(sequences.place).indices  # sequence -> its rows of the result

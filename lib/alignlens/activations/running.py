@@ -45,8 +45,7 @@ class Batch:
         model = bridged.original_model
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             options["logits_to_keep"] = places
-        ids, mask = self.ids.to(model.device), self.mask.to(model.device)
-        return bridged(ids, attention_mask=mask, use_cache=False, **options)
+        return bridged(self.ids.to(model.device), attention_mask=self.mask.to(model.device), use_cache=False, **options)
 
     def streams(self, bridged, layers, *, mean: bool = False, every: bool = False) -> torch.Tensor:
         """Streams at the wanted tokens, or every one: float32 [tokens, layers, d_model]; or means [batch, ...]."""
@@ -125,9 +124,9 @@ def check_finite(values: np.ndarray, layers: list[int], rows: np.ndarray, encode
     for layer, wrong in zip(layers, ~np.isfinite(values).all(-1).T, strict=True):
         if wrong.any():
             where, row = f"block {layer} in {wrong.sum()} of {len(wrong)} {units} of a batch", rows[wrong].min()
-            where += f", such as row {encoded.rows[row]} (prompt_id {encoded.prompt_id[row]})"
-            advice = "check the weights, or run in float32 or bfloat16 instead of float16"
-            raise ActivationError(f"NaN or infinite activations after {where}: {advice}")
+            such = f"row {encoded.rows[row]} (prompt_id {encoded.prompt_id[row]})"
+            advice = f"such as {such}: check the weights, or run in float32 or bfloat16 instead of float16"
+            raise ActivationError(f"NaN or infinite activations after {where}, {advice}")
 
 
 def spliced_loss(
@@ -140,9 +139,8 @@ def spliced_loss(
     model : a transformers causal model (a copy is bridged) or its TransformerLens bridge; layer : block index.
     replacements : name -> function, or None for the clean run. It gets the clean stream at response tokens, float32
         [tokens, d_model], and returns another, or one vector for all; each token by itself, as batches mix them.
-    Returns DataFrame, one row a replacement and distinct response of two tokens or more, in the order of the pairs:
-    replacement, prompt_id, tokens (predictions counted), loss (their mean, nats). Raises what ``read`` raises, and
-    ActivationError for losses that are not finite.
+    Returns a row per replacement and distinct response of two tokens or more, in input order: replacement, prompt_id,
+    tokens (predictions counted), loss (their mean, nats). Raises as ``read``, and ActivationError if one is not finite.
     """
     encoded = formatter.encode_pairs(pairs)
     sequences = Sequences.of(encoded.prompt_ids, encoded.chosen_ids)
