@@ -23,9 +23,8 @@ from alignlens.activations import (
     high_norm,
     read,
     read_tokens,
+    reading,
     spliced_loss,
-    storage,
-    tokens,
 )  # fmt: skip
 from alignlens.core.errors import ActivationError
 from alignlens.preferences import Formatter
@@ -312,10 +311,10 @@ def test_saved_and_loaded_are_the_same(llama, tokenizer, pairs, tmp_path, positi
 def test_a_large_result_goes_to_a_file(llama, tokenizer, pairs, monkeypatch):
     inside = read(llama, tokenizer, pairs)
     assert inside.chosen.nbytes + inside.rejected.nbytes == estimate(5, LAYERS, WIDTH)
-    monkeypatch.setattr(storage, "MEMORY_LIMIT", 100)
+    monkeypatch.setattr(reading, "MEMORY_LIMIT", 100)
     outside = read(llama, tokenizer, pairs)
     assert isinstance(outside.chosen, np.memmap) and np.array_equal(outside.chosen, inside.chosen)
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda folder: type("usage", (), {"free": 10}))
+    monkeypatch.setattr(reading.shutil, "disk_usage", lambda folder: type("usage", (), {"free": 10}))
     with pytest.raises(ActivationError, match="do not fit"):
         read(llama, tokenizer, pairs)
 
@@ -328,7 +327,7 @@ ARRAYS = ("streams", "token_id", "row", "side", "place", "kept", "prompt_id")
 @pytest.fixture
 def single(monkeypatch):
     """Streams in float32 from the start, where half precision would hide small differences."""
-    monkeypatch.setattr(tokens, "HALF_LIMIT", 0)
+    monkeypatch.setattr(reading, "HALF_LIMIT", 0)
 
 
 def equal(one, other):
@@ -412,7 +411,7 @@ def test_streams_are_half_precision_until_a_value_needs_more(tokenizer, pairs, t
     model, folder = random_model("llama"), tmp_path if on_disk else None
     pairs = pairs.assign(chosen=[*pairs.chosen[:4], "#"])  # the shortest sequence is run last
     half = read_tokens(model, tokenizer, pairs, layers=[0], batch_size=1)
-    monkeypatch.setattr(tokens, "HALF_LIMIT", 0)
+    monkeypatch.setattr(reading, "HALF_LIMIT", 0)
     single = read_tokens(model, tokenizer, pairs, layers=[0], batch_size=1)
     assert (half.report["dtype"], single.report["dtype"]) == (half.streams.dtype, single.streams.dtype)
     assert half.streams.dtype == np.float16 and np.array_equal(half.streams, single.streams.astype(np.float16))
@@ -468,7 +467,7 @@ def test_bad_tokens_are_refused_and_leave_no_file(tokenizer, pairs, tmp_path, mo
     model.model.embed_tokens.weight.data[token] = torch.inf
     with pytest.raises(ActivationError, match=r"after block 0 in \d+ of \d+ tokens .*row 1 \(prompt_id p2\)"):
         read_tokens(model, tokenizer, pairs.iloc[2:], folder=tmp_path)
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda folder: type("usage", (), {"free": 10}))
+    monkeypatch.setattr(reading.shutil, "disk_usage", lambda folder: type("usage", (), {"free": 10}))
     with pytest.raises(ActivationError, match="do not fit"):
         read_tokens(model, tokenizer, pairs, folder=tmp_path)
     assert not list(tmp_path.iterdir())
@@ -478,7 +477,7 @@ def test_bad_tokens_are_refused_and_leave_no_file(tokenizer, pairs, tmp_path, mo
 def test_high_norm_finds_the_planted_tokens(dtype, monkeypatch):
     x = np.random.default_rng(0).normal(size=(500, 2, 16)).astype(dtype)
     x[[3, 80], [0, 1]] *= 1000  # their squares overflow float16
-    monkeypatch.setattr(tokens, "CHUNK_BYTES", 999)
+    monkeypatch.setattr(reading, "CHUNK_BYTES", 999)
     assert np.flatnonzero(high_norm(x)).tolist() == [3, 80]
     assert np.flatnonzero(high_norm(x[:, 1])).tolist() == [80]
     assert not high_norm(x, factor=1e4).any()

@@ -1,16 +1,12 @@
-"""Residual streams of preference pairs, read through TransformerLens: after a block (``blocks.{i}.hook_resid_post``).
+"""Residual streams of preference pairs, read through TransformerLens after a block (``blocks.{i}.hook_resid_post``).
 
-``read`` takes one vector per response and layer, ``read_tokens`` one per response token and layer; nothing else is kept
-while the model runs, so memory is bounded by the batch and by the result itself. ``spliced_loss`` puts other streams in
-their place and measures what that does to the model's predictions. For other experiments: ``ready`` gives the bridge,
-``Sequences`` the batches, a ``Batch`` its streams, logits and scores, ``replacing`` a hook.
+``read`` takes one vector per response, ``read_tokens`` one per response token; ``spliced_loss`` puts others in their
+place. ``ready`` gives the bridge, ``Sequences`` batches, a ``Batch`` streams, logits and scores, ``replacing`` a hook.
 """
 
 from alignlens.activations.bridging import bridge, hook_name, ready, replacing
-from alignlens.activations.reading import POSITIONS, Activations, estimate, read
-from alignlens.activations.running import Batch, Sequences, evaluating
-from alignlens.activations.splicing import spliced_loss
-from alignlens.activations.tokens import Tokens, high_norm, read_tokens
+from alignlens.activations.reading import POSITIONS, Activations, Tokens, estimate, high_norm, read, read_tokens
+from alignlens.activations.running import Batch, Sequences, evaluating, spliced_loss
 
 __all__ = [
     "POSITIONS", "Activations", "Batch", "Sequences", "Tokens", "bridge", "estimate", "evaluating",

@@ -17,19 +17,18 @@ def hook_name(layer: int) -> str:
 def bridge(model, *, own: bool = False):
     """A TransformerLens bridge of a transformers causal model, checked against the model itself.
 
-    Bridging changes a model in place, so a copy is bridged unless ``own`` says that nobody needs the model afterwards.
-    Logits and residual streams of a small fixed batch, with a padded row, must agree with the model's own within 1e-4
-    of their largest value (float32; 5e-2 in half precision). Attention becomes eager, so that its hooks fire.
-    Raises ActivationError for an unmerged adapter, an architecture without a bridge, or a bridge that disagrees.
+    Bridging changes a model in place: a copy is bridged unless ``own`` says that nobody needs the model afterwards.
+    Logits and residual streams of a small batch must agree with the model's own within 1e-4 of their largest value
+    (float32; 5e-2 in half precision). Attention becomes eager, so that its hooks fire. Raises ActivationError for an
+    unmerged adapter, an architecture without a bridge, or a bridge that disagrees.
     """
     from transformer_lens.model_bridge.sources import build_bridge_from_module  # noqa: PLC0415  takes seconds
 
     if hasattr(model, "peft_config"):
         raise ActivationError("the model carries an unmerged adapter: call merge_and_unload() and pass the result")
-    name = type(model).__name__
-    model = (model if own else copy.deepcopy(model)).eval()
+    name, model = type(model).__name__, (model if own else copy.deepcopy(model)).eval()
     ids = torch.arange(16, device=model.device).reshape(2, 8) * 7919 + 13
-    ids = ids % model.get_input_embeddings().weight.shape[0]
+    ids %= model.get_input_embeddings().weight.shape[0]
     mask = torch.ones_like(ids)
     mask[1, 5:] = 0
     with torch.inference_mode():
@@ -59,7 +58,7 @@ def bridge(model, *, own: bool = False):
 def ready(model, sequences, layers, *, own: bool = False):
     """The model's bridge (or the model, if it is one), in evaluation mode, and the layers as a list of block indices.
 
-    sequences : lists of token ids; layers : see ``check_layers``. Raises ActivationError if the model cannot hold them.
+    layers : "all", one or several, negative from the end. ActivationError for others and for token ids it cannot hold.
     """
     source = getattr(model, "original_model", model)
     longest, limit = max(map(len, sequences)), source.config.get_text_config().max_position_embeddings
@@ -69,16 +68,12 @@ def ready(model, sequences, layers, *, own: bool = False):
     if highest >= rows:
         raise ActivationError(f"token {highest} is beyond the model's {rows} embeddings: this is not its tokenizer")
     bridged = (bridge(model, own=own) if source is model else model).eval()
-    return bridged, check_layers(layers, bridged.cfg.n_layers)
-
-
-def check_layers(layers, n_layers: int) -> list[int]:
-    """Block indices from "all", one or several; negative ones count from the end. ActivationError if there is none."""
-    asked = range(n_layers) if isinstance(layers, str) and layers == "all" else np.ravel(layers).tolist()
-    found = [layer + n_layers * (layer < 0) for layer in asked if isinstance(layer, int)]
-    if not found or len(set(found)) < len(asked) or not set(found) <= set(range(n_layers)):
-        raise ActivationError(f"layers={layers!r}: give 'all' or distinct block indices from 0 to {n_layers - 1}")
-    return found
+    count = bridged.cfg.n_layers
+    asked = range(count) if isinstance(layers, str) and layers == "all" else np.ravel(layers).tolist()
+    found = [layer + count * (layer < 0) for layer in asked if isinstance(layer, int)]
+    if not found or len(set(found)) < len(asked) or not set(found) <= set(range(count)):
+        raise ActivationError(f"layers={layers!r}: give 'all' or distinct block indices from 0 to {count - 1}")
+    return bridged, found
 
 
 @contextlib.contextmanager
@@ -94,10 +89,7 @@ def taking(bridged, layers, take):
 
 
 def replacing(layer: int, at, replace):
-    """A forward hook: after a block the stream becomes replace(float32 [..., d_model]) there.
-
-    at : anything that indexes [batch, place], such as a bool mask.
-    """
+    """A forward hook: after a block the stream becomes replace(float32 [..., d_model]) at [batch, place] indices."""
 
     def change(stream, hook):
         stream = stream.clone()

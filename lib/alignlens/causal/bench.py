@@ -7,22 +7,13 @@ from alignlens import models
 from alignlens.activations import Sequences, ready, replacing
 from alignlens.core.errors import CausalError
 from alignlens.core.statistics import by_group, resample
-from alignlens.preferences import Encoded
 
 UNUSUAL = 10  # times the median norm: such tokens (the first of a text, some line breaks) would set the scale alone
 
 
-def answers(encoded: Encoded) -> tuple[Sequences, np.ndarray]:
-    """The distinct answers, wanted from the last prompt token on, and their places: int [chosen or rejected, pairs]."""
-    sequences = Sequences.of(encoded.prompt_ids * 2, encoded.chosen_ids + encoded.rejected_ids, lead=1)
-    return sequences, sequences.place.reshape(2, -1)
-
-
 def score(bridges, sequences: Sequences, compared, hooks, count: int, batch_size: int, pad_id: int):
-    """Run the models clean, and the first one under each of the ``count`` forward hooks of hooks(batch).
-
-    Returns log p [models + hooks, sequences] and, of the sequences in ``compared``, KL(hooked || clean model)
-    [models, hooks, sequences], both of the answers, in nats.
+    """Log p [models + count, sequences] of clean models, then of the first under each hook of hooks(batch), nats;
+    and KL(hooked || clean model) [models, count, sequences], nats, of the sequences ``compared``, else 0.
     """
     logp = np.zeros((len(bridges) + count, len(sequences.ids)))
     divergence = np.zeros((len(bridges), count, len(sequences.ids)))
@@ -49,9 +40,12 @@ class Bench:
 
     def __init__(self, model, formatter, pairs, layer, random, sampled, response_tokens, batch_size, seed):
         encoded = formatter.encode_pairs(pairs)
-        self.sequences, (self.chosen, self.rejected) = answers(encoded)
+        self.sequences = Sequences.of(encoded.prompt_ids * 2, encoded.chosen_ids + encoded.rejected_ids, lead=1)
+        self.chosen, self.rejected = self.sequences.place.reshape(2, -1)
         self.prompt_id, self.formatter = encoded.prompt_id, formatter
-        self.batch_size, self.response_tokens, self.seed = batch_size, response_tokens, seed
+        self.batch_size, self.seed = batch_size, seed
+        ends = {"end_id": formatter.end_id, "pad_id": formatter.pad_id}
+        self.sampling = ends | {"max_new_tokens": response_tokens, "batch_size": batch_size}
         first = np.sort(np.unique(encoded.prompt_id, return_index=True)[1])[:sampled]
         self.prompts, self.texts = ([found[i] for i in first] for found in (encoded.prompt_ids, encoded.prompts))
         longest = [ids + [0] * response_tokens for ids in self.prompts]
@@ -60,7 +54,6 @@ class Bench:
         self.random = [self.vector("random", draw / np.linalg.norm(draw)) for draw in draws]
 
     def vector(self, name, values):
-        """float32 [d_model] on the model's device, checked."""
         values, width = torch.as_tensor(np.asarray(values, np.float32)), self.bridged.cfg.d_model
         if values.shape != (width,) or not torch.isfinite(values).all():
             raise CausalError(f"{name!r} has shape {tuple(values.shape)}: give {width} finite numbers")
@@ -101,28 +94,17 @@ class Bench:
         return np.sqrt(square / self.tokens) / max(self.norm, 1e-12)
 
     def score(self, sequences, compared, changes):
-        """``score`` of the model under changes of its stream."""
-
-        def hooks(batch):
-            return [replacing(self.layer, batch.tokens, change) for change in changes]
-
-        sizes = len(changes), self.batch_size, self.formatter.pad_id
-        return score([self.bridged], sequences, compared, hooks, *sizes)
+        return score(
+            [self.bridged], sequences, compared,
+            lambda batch: [replacing(self.layer, batch.tokens, change) for change in changes],
+            len(changes), self.batch_size, self.formatter.pad_id,
+        )  # fmt: skip
 
     def sample(self, change=None) -> list[list[int]]:
-        """Responses to the prompts; the same random numbers whatever the intervention."""
-        # The prompt is padded on the left and later steps hold one new token: what answers stands last.
+        """Responses to prompts (padded on the left: what answers stands last), with the same random numbers always."""
         hooks, made = [replacing(self.layer, (slice(None), -1), change)] if change else [], []
         with self.bridged.hooks(fwd_hooks=hooks):
             for start in range(0, len(self.prompts), self.batch_size):  # a seed a batch, however long the last one ran
-                made += models.sample(
-                    self.bridged.original_model, self.prompts[start : start + self.batch_size],
-                    end_id=self.formatter.end_id, pad_id=self.formatter.pad_id, max_new_tokens=self.response_tokens,
-                    seed=self.seed + start, batch_size=self.batch_size,
-                )  # fmt: skip
+                prompts, options = self.prompts[start : start + self.batch_size], self.sampling
+                made += models.sample(self.bridged.original_model, prompts, seed=self.seed + start, **options)
         return made
-
-    def sampled_kl(self, responses, change) -> np.ndarray:
-        """KL(changed || clean) of the responses: float64 [prompts], nats."""
-        sequences = Sequences.of(self.prompts, responses, lead=1)
-        return self.score(sequences, sequences.place, [change])[1][0, 0, sequences.place]
