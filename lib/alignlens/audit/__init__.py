@@ -1,8 +1,7 @@
 """Any base and its aligned checkpoint: what is asked for, measurements, verdict, page; several audits side by side."""
 
-from alignlens.audit.comparing import compare, find, gather
 from alignlens.audit.measure import SCHEMA, SECTIONS, Audit
-from alignlens.audit.page import read, write
+from alignlens.audit.page import compare, find, gather, read, write
 from alignlens.audit.requests import Request, check_names, from_notebook, request
 from alignlens.audit.verdicts import findings, verdict
 

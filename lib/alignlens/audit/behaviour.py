@@ -27,11 +27,9 @@ def weights(audit) -> dict:
 def behaviour(audit) -> dict:
     """Log-probabilities of the pairs and sampled answers, aligned against base."""
     judge = behavior.Judge("true utility", _utility) if audit.source == TOYS else None
-    longest = max(map(len, audit.encoded.prompt_ids))
-    options = {
-        "sampled": audit.request.sampled, "seed": audit.request.seed, "batch_size": audit.batch_size,
-        "response_tokens": min(audit.request.response_tokens, audit.base.context - longest),
-    }  # fmt: skip
+    room, asked = audit.base.context - max(map(len, audit.encoded.prompt_ids)), audit.request
+    options = {"sampled": asked.sampled, "seed": asked.seed, "batch_size": audit.batch_size}
+    options["response_tokens"] = min(asked.response_tokens, room)
     base, aligned = (
         behavior.measure(side.model, audit.format, audit.encoded, judge, reference=reference, **options)
         for side, reference in ((audit.base, None), (audit.aligned, audit.base.model))
@@ -39,8 +37,11 @@ def behaviour(audit) -> dict:
     audit.base_logprobs = base[["chosen_logprob", "rejected_logprob"]].to_numpy()
     chosen = aligned.chosen_logprob - base.chosen_logprob
     rejected = aligned.rejected_logprob - base.rejected_logprob
-    margin, rounding = chosen - rejected, _rounding(audit)
-    of = partial(mean, prompt_id=base.prompt_id, seed=audit.request.seed)
+    margin = chosen - rejected
+    few = (audit.base.model, audit.encoded.prompt_ids[:8], audit.encoded.chosen_ids[:8])
+    one, many = (models.response_logprobs(*few, pad_id=audit.format.pad_id, batch_size=n) for n in (1, 8))
+    rounding = float(np.abs(one - many).max())  # of the base, by who shares its batch: the floor of exact numbers
+    of = partial(mean, prompt_id=base.prompt_id, seed=asked.seed)
     numbers = {
         "kl": of(aligned.kl, unit="nats an answer", floor=rounding),
         "kl_token": of(aligned.kl / aligned.length, unit="nats a token", floor=rounding),
@@ -63,15 +64,7 @@ def behaviour(audit) -> dict:
 
 
 def _utility(prompts, responses):
-    """The tiny world's judge."""
     return tinyworld.score(prompts, responses).rename(columns={"utility": "score"})
-
-
-def _rounding(audit) -> float:
-    """Nats by which a log-probability of the base depends on who shares its batch: the floor of exact numbers."""
-    few = (audit.base.model, audit.encoded.prompt_ids[:8], audit.encoded.chosen_ids[:8])
-    one, many = (models.response_logprobs(*few, pad_id=audit.format.pad_id, batch_size=n) for n in (1, 8))
-    return float(np.abs(one - many).max())
 
 
 def _histogram(values) -> dict:

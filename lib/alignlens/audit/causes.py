@@ -1,6 +1,7 @@
 """Does the preference direction drive preferences, and after which block does the change of margin come about?"""
 
 import hashlib
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -14,15 +15,12 @@ UNITS = {"margin": "nats", "accuracy": "share of pairs"}
 
 
 def causes(audit) -> dict:
-    """Steering, ablation and patching at the middle layer.
-
-    The direction is the mean over one half of the prompts of (mean stream of the chosen answer - of the rejected one);
-    interventions are measured on the other half.
-    """
+    """Steering and ablation at the middle layer along a direction from half of the prompts, tested on the other half;
+    patching at every layer."""
     seed, bridges = audit.request.seed, audit.bridges
     directions = {name: _direction(read, seed) for name, read in audit.tokens.items()}
-    second = np.flatnonzero(halves(audit.encoded.prompt_id, seed) == 1)
-    held = subset(audit.encoded, second[: audit.causal_pairs])
+    held = np.flatnonzero(halves(audit.encoded.prompt_id, seed) == 1)[: audit.causal_pairs]
+    held = subset(audit.encoded, held)
     options = {"batch_size": audit.batch_size, "bootstrap": audit.request.bootstrap}
     words = options | {"layer": audit.middle, "seed": seed}
     tests = {}
@@ -31,14 +29,17 @@ def causes(audit) -> dict:
         both = own | ({"base's": directions["base"]} if model == "aligned" else {})
         steered = causal.steer(bridged, audit.format, held, both, strength=STRENGTH, **words)
         table = pd.concat([steered, causal.ablate(bridged, audit.format, held, own, **words)])
-        rows = table[(table.kind == "named") & table.measure.isin(UNITS)].itertuples()
-        tests[model] = [_test(row) for row in rows]
+        tests[model] = []
+        for row in table[(table.kind == "named") & table.measure.isin(UNITS)].itertuples():
+            # Random directions of the same size reach as far by chance.
+            reach = max(abs(row.random_low - row.random_mean), abs(row.random_high - row.random_mean))
+            effect = number(row.value, row.low, row.high, null=row.random_mean, floor=reach, unit=UNITS[row.measure])
+            names = {"intervention": row.intervention, "direction": row.name, "measure": row.measure}
+            tests[model].append(names | {"effect": effect, "p": rounded(row.p), "beats": bool(row.beats)})
     patched = causal.patch(bridges["aligned"], bridges["base"], audit.format, held, layers=audit.layers, **options)
     reason = patched.reason.iloc[0]
-    shares = [
-        {"layer": row.layer, "share": number(row.share, row.low, row.high, floor=0.0, unit="share of the change")}
-        for row in patched.itertuples()
-    ]
+    share = partial(number, floor=0.0, unit="share of the change")
+    shares = [{"layer": row.layer, "share": share(row.share, row.low, row.high)} for row in patched.itertuples()]
     return {
         "layer": audit.middle, "strength": STRENGTH, "pairs": len(held), "random": causal.LEAST_RANDOM,
         "tests": tests, "patching": {"layers": [] if reason else shares, "reason": reason},
@@ -56,13 +57,3 @@ def _direction(tokens, seed: int) -> np.ndarray:
     means = streams.groupby([tokens.side, tokens.row]).mean()
     difference = (means.loc[0] - means.loc[1]).dropna()  # a response that an earlier pair shares is missing
     return difference[halves(tokens.prompt_id[difference.index], seed) == 0].mean().to_numpy()
-
-
-def _test(row) -> dict:
-    """One intervention's effect beside random directions of the same size."""
-    reach = max(abs(row.random_low - row.random_mean), abs(row.random_high - row.random_mean))
-    effect = number(row.value, row.low, row.high, null=row.random_mean, floor=reach, unit=UNITS[row.measure])
-    return {
-        "intervention": row.intervention, "direction": row.name, "measure": row.measure, "effect": effect,
-        "p": rounded(row.p), "beats": bool(row.beats),
-    }  # fmt: skip

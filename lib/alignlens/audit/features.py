@@ -30,15 +30,17 @@ def features(audit) -> dict:
     size = int(train.sum())
     if size < LEAST_TOKENS:
         raise NotMeasured(f"The training half has {size:,} response tokens; a crosscoder needs {LEAST_TOKENS:,}.")
-    config = _config(size, base.shape[1], seed)
+    # About 60 training tokens a latent, and about 300 steps.
+    width = min(int(2 ** np.clip(round(math.log2(size / 60)), 6, 11)), 8 * base.shape[1])
+    batch = int(min(512, size // 8))
+    epochs = float(np.clip(300 * batch / size, 3, 30))
+    config = dictionaries.Config(width=width, k=min(12, width // 8), epochs=epochs, batch_size=batch, seed=seed)
     crosscoder = partial(_crosscoder, base, train=train, test=test, config=config, device=audit.device)
     found, null = crosscoder(aligned), crosscoder(base)
     r2 = {name: rounded(found.quality[f"r2_{name}"]) for name in read}
     if (worst := min(r2.values())) < READABLE:
-        raise NotMeasured(
-            f"The crosscoder explains {worst:.2f} of the variance of held-out tokens, under {READABLE}: with "
-            f"{size:,} training tokens its latents are not read."
-        )
+        seen = f"The crosscoder explains {worst:.2f} of the variance of held-out tokens, under {READABLE}"
+        raise NotMeasured(f"{seen}: with {size:,} training tokens its latents are not read.")
     shuffled = None if audit.identical else crosscoder(audit.shuffled)
     # A latent counts as changed if none changed as much where nothing or nothing meant happened.
     floor = max(float(part.change.max()) for part in (null, shuffled) if part is not None)
@@ -51,20 +53,9 @@ def features(audit) -> dict:
     }  # fmt: skip
 
 
-def _config(tokens: int, d_model: int, seed: int) -> dictionaries.Config:
-    """Width and epochs by the number of training tokens: about 60 tokens a latent, about 300 steps."""
-    width = min(int(2 ** np.clip(round(math.log2(tokens / 60)), 6, 11)), 8 * d_model)
-    batch = int(min(512, tokens // 8))
-    epochs = float(np.clip(300 * batch / tokens, 3, 30))
-    return dictionaries.Config(width=width, k=min(12, width // 8), epochs=epochs, batch_size=batch, seed=seed)
-
-
 def _crosscoder(base, aligned, *, train, test, config, device: str) -> SimpleNamespace:
-    """A fitted crosscoder of two models' streams on held-out tokens: table, codes, quality, and change [latents].
-
-    A latent's change is how much its own writing differs between the models on an average token, as a share of the
-    stream's spread.
-    """
+    """A crosscoder of two models' streams on held-out tokens: table, codes, quality, and change [latents], by how much
+    a latent's own writing differs between the models on an average token, as a share of the stream's spread."""
     fitted = dictionaries.train({"base": base[train], "aligned": aligned[train]}, config, device=device)
     held_out = {"base": base[test], "aligned": aligned[test]}
     table, codes, rows = dictionaries.classify(fitted, held_out), fitted.codes(held_out).tocsc(), fitted.rows()
@@ -72,17 +63,14 @@ def _crosscoder(base, aligned, *, train, test, config, device: str) -> SimpleNam
     spread = np.linalg.norm(held_out["base"].std(0))
     change = energy * np.linalg.norm(rows["aligned"] - rows["base"], axis=1) / spread
     change[table.label == "dead"] = 0.0
-    quality = dictionaries.evaluate(fitted, held_out)
-    return SimpleNamespace(table=table, codes=codes, change=change, quality=quality)
+    return SimpleNamespace(table=table, codes=codes, change=change, quality=dictionaries.evaluate(fitted, held_out))
 
 
 def _shares(table: pd.DataFrame, null: pd.DataFrame | None = None) -> dict[str, dict]:
     """Shares of live latents by label with Wilson's interval; the floor is the upper end of the null's interval."""
-    out = {}
-    for name in dictionaries.LABELS[1:]:
-        floor = 0.0 if null is None else _wilson(null.label, name)[2]
-        out[name] = number(*_wilson(table.label, name), floor=floor, unit="share of live latents")
-    return out
+    names = dictionaries.LABELS[1:]
+    floors = {name: 0.0 if null is None else _wilson(null.label, name)[2] for name in names}
+    return {n: number(*_wilson(table.label, n), floor=floors[n], unit="share of live latents") for n in names}
 
 
 def _wilson(labels: pd.Series, name: str) -> tuple[float, float, float]:
@@ -96,33 +84,29 @@ def _top(audit, found, index: np.ndarray, floor: float) -> list[dict]:
     tokens, codes, seed = audit.tokens["base"], found.codes.tocsr(), audit.request.seed
     part = SimpleNamespace(row=tokens.row[index], side=tokens.side[index], prompt_id=tokens.prompt_id)
     use = latents.usage(codes, part)
-    top = [i for i in np.argsort(-found.change, kind="stable")[:TOP_LATENTS] if found.change[i] > floor]
-    return [
-        {
-            "latent": i, "label": row.label, "change": _change(audit, found, i, part, floor),
+    top, out = [i for i in np.argsort(-found.change, kind="stable")[:TOP_LATENTS] if found.change[i] > floor], []
+    for i, row in found.table.iloc[top].iterrows():
+        # Its interval is that of the root of the mean square of its code, with which a latent's change grows.
+        squares = found.codes[:, [i]].toarray().ravel() ** 2
+        square = mean(squares, part.prompt_id[part.row], floor=0.0, seed=seed)
+        scale = found.change[i] / max(math.sqrt(square["value"]), 1e-30)
+        ends = (scale * math.sqrt(max(square[end], 0.0)) for end in ("low", "high"))
+        shown = latents.examples(codes, part, i, bands=1, per_band=3, seed=seed)["index"]
+        out.append({
+            "latent": i, "label": row.label,
+            "change": number(found.change[i], *ends, floor=floor, unit="share of the stream's spread"),
             "degrees": rounded(row.degrees), "ratio": rounded(row.ratio), "density": rounded(row.density),
             "effect": changed(use.iloc[i], "effect", unit="mean code, chosen - rejected"),
-            "examples": [_context(audit, tokens, int(index[k])) for k in
-                         latents.examples(codes, part, i, bands=1, per_band=3, seed=seed)["index"]],
-        }
-        for i, row in found.table.iloc[top].iterrows()
-    ]  # fmt: skip
-
-
-def _change(audit, found, latent: int, tokens, floor: float) -> dict:
-    """A latent's change with a bootstrap over prompts: it grows with the root of the mean square of its code."""
-    squares = found.codes[:, [latent]].toarray().ravel() ** 2
-    square = mean(squares, tokens.prompt_id[tokens.row], floor=0.0, seed=audit.request.seed)
-    scale = found.change[latent] / max(math.sqrt(square["value"]), 1e-30)
-    low, high = (scale * math.sqrt(max(square[end], 0.0)) for end in ("low", "high"))
-    return number(found.change[latent], low, high, floor=floor, unit="share of the stream's spread")
+            "examples": [_context(audit, tokens, int(index[k])) for k in shown],
+        })  # fmt: skip
+    return out
 
 
 def _context(audit, tokens, at: int, around: int = 10) -> list[str]:
     """Text before a token, the token, and text after it, within its answer."""
     inside = np.flatnonzero((tokens.row == tokens.row[at]) & (tokens.side == tokens.side[at]))
-    before, after = inside[(inside < at) & (inside >= at - around)], inside[(inside > at) & (inside <= at + around)]
-    parts = [tokens.token_id[part].tolist() for part in (before, [at], after)]
-    before, token, after = map(audit.format.tokenizer.decode, parts)
+    parts = inside[(inside < at) & (inside >= at - around)], [at], inside[(inside > at) & (inside <= at + around)]
+    decode = audit.format.tokenizer.decode
+    before, token, after = (decode(tokens.token_id[part].tolist()) for part in parts)
     bare = token.lstrip()  # a mark looks ragged with the space of its word
     return [before + token[: len(token) - len(bare)], bare, after]

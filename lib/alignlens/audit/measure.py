@@ -1,8 +1,4 @@
-"""The audit: what preference optimisation did inside one model, measured against its base on held-out pairs.
-
-``Audit`` loads and checks two models, then measures section by section; ``Audit.result`` is one dict of JSON types
-(``SCHEMA``) that ``page`` turns into a report.
-"""
+"""The audit: what preference optimisation did inside one model, measured against its base on held-out pairs."""
 
 import copy
 import tempfile
@@ -34,10 +30,8 @@ SMALL = 50e6  # parameters of a model that gains nothing from a second CPU threa
 class Audit:
     """Two checked models and their pairs; each section is measured when it is asked for and kept.
 
-    Raises
-    ------
-    AlignlensError in one sentence if a model, a tokenizer, the pairs or a parameter cannot be used; nothing is measured
-    before all checks have passed.
+    Raises AlignlensError in one sentence, before any measurement, if a model, a tokenizer, the pairs or a parameter
+    cannot be used.
     """
 
     def __init__(self, request: requests.Request):
@@ -77,8 +71,6 @@ class Audit:
             raise AuditError(f"layers is {asked}; give block indices from 0 to {depth - 1}")
         return list(asked)
 
-    # --- before measuring -----------------------------------------------------------------------------------------
-
     def describe(self) -> str:
         """What will be compared, on what, in which format, as text."""
         words = "{name}: {architecture}, {layers} x {d_model}, {parameters:,} parameters in {dtype}, weights {weights}"
@@ -90,27 +82,22 @@ class Audit:
     def example(self) -> str:
         """The shortest prompt and chosen answer as the models get them."""
         sizes = [len(p) + len(c) for p, c in zip(self.encoded.prompt_ids, self.encoded.chosen_ids, strict=True)]
-        short = int(np.argmin(sizes))
-        return self.format.describe(self.pairs.prompt[short], self.pairs.chosen[short])
+        return self.format.describe(*self.pairs.loc[np.argmin(sizes), ["prompt", "chosen"]])
 
     def estimate(self) -> str:
         """Memory from the number of parameters, time from a measured rate on a few pairs."""
         size, width = self.base.facts["parameters"] * self.base.model.dtype.itemsize / 1e9, self.base.facts["d_model"]
         streams = 4e-9 * width * (4 * len(self.pairs) * len(self.layers) + min(self.answer_tokens, MOST_TOKENS))
         few = requests.subset(self.encoded, np.unique(np.linspace(0, len(self.pairs) - 1, 8).astype(int)))
-        words, options = (self.base.model, few.prompt_ids, few.chosen_ids), {"batch_size": self.batch_size}
-        score = partial(models.response_logprobs, *words, pad_id=self.format.pad_id, **options)
+        score = partial(models.response_logprobs, self.base.model, few.prompt_ids, few.chosen_ids)
+        score = partial(score, pad_id=self.format.pad_id, batch_size=self.batch_size)
         rate = timeit.repeat(score, number=1, repeat=2)[1] / len(few)  # the first time warms up
         # A pair is two answers; both models score, are read at one and at every token; causal tests repeat a part.
         repeats = 4 * (1 + causal.LEAST_RANDOM) + len(self.layers) + 3
         passes = 2 * 2 * 3 * len(self.pairs) + 2 * repeats * min(self.causal_pairs, len(self.pairs) // 2)
-        return (
-            f"memory: 3 copies of {size:.3g} GB while bridges are checked, then 2, and {streams:.3g} GB of streams\n"
-            f"time: {1 / rate:.3g} answers a second, about {passes:,} passes: {passes * rate / 60:.1f} minutes, and as "
-            "much again for sampling, probes and dictionaries"
-        )
-
-    # --- what several sections read -------------------------------------------------------------------------------
+        memory = f"memory: 3 copies of {size:.3g} GB while bridges are checked, then 2, and {streams:.3g} GB of streams"
+        time = f"time: {1 / rate:.3g} answers a second, about {passes:,} passes: {passes * rate / 60:.1f} minutes"
+        return f"{memory}\n{time}, and as much again for sampling, probes and dictionaries"
 
     @cached_property
     def bridges(self) -> dict:
@@ -121,11 +108,8 @@ class Audit:
         return {name: activations.bridge(side.model, own=True) for name, side in sides.items()}
 
     def _read_shuffled(self) -> np.ndarray | None:
-        """Streams [tokens, d_model] of the base plus the change of its weights, shuffled: what any such change does.
-
-        Rows and columns of each weight's change are permuted, so its size, spectrum and outliers stay, and only its
-        direction is lost. None where there are too few tokens for a crosscoder.
-        """
+        """Streams [tokens, d_model] of the base plus the change of its weights, rows and columns permuted: size,
+        spectrum and outliers stay, not the direction. None where there are too few tokens for a crosscoder."""
         if self.answer_tokens < features.LEAST_TOKENS:
             return None
         control, rng = copy.deepcopy(self.base.model), np.random.default_rng([self.request.seed, 9])
@@ -159,8 +143,6 @@ class Audit:
         options = {"layers": [self.middle], "limit": MOST_TOKENS, "batch_size": self.batch_size}
         return activations.read_tokens(bridged, None, self.encoded, formatter=self.format, **options)
 
-    # --- results --------------------------------------------------------------------------------------------------
-
     def section(self, name: str) -> dict:
         """A section by name, measured once. An instrument that cannot answer gives status "not measured" and why."""
         if name not in self._sections:
@@ -190,26 +172,17 @@ class Audit:
             "pairs": len(self.pairs), "prompts": int(self.pairs.prompt_id.nunique()), **self.encoded.report,
             "dropped": self.dropped,
         }  # fmt: skip
-        form = {
-            "template": self.format.template, "max_length": self.format.max_length, "notes": self.notes,
-            "fingerprint": self.format.fingerprint, "example": self.example,
-        }  # fmt: skip
+        form = {name: getattr(self.format, name) for name in ("template", "max_length")} | {"notes": self.notes}
+        form |= {"fingerprint": self.format.fingerprint, "example": self.example}
         methods = {
             "versions": versions(), "commit": git_commit(), "layers": self.layers, "folds": signal.FOLDS,
             "equivalence": EQUIVALENCE, "settings": self.request.model_dump(exclude=skip) | {"device": self.device},
         }  # fmt: skip
-        out = {
-            "schema": SCHEMA, "date": self.request.date,
-            "models": {"base": self.base.facts, "aligned": self.aligned.facts, "identical": self.identical},
-            "pairs": pairs, "format": form, **sections, "power": _power(sections),
-        }  # fmt: skip
+        numbers, rows = sections["behaviour"].get("numbers"), sections["signal"].get("layers")
+        power = {n: detectable(numbers[n]) for n in ("margin", "kl", "accuracy", "length_shift")} if numbers else {}
+        if rows:
+            power["auroc"] = rounded(float(np.median([detectable(row["difference"]) for row in rows])))
+        both = {"base": self.base.facts, "aligned": self.aligned.facts, "identical": self.identical}
+        out = {"schema": SCHEMA, "date": self.request.date, "models": both, "pairs": pairs, "format": form}
+        out |= {**sections, "power": power}
         return out | {"warnings": verdicts.warnings(out, self.pairs), "methods": methods}
-
-
-def _power(sections: dict) -> dict:
-    """The smallest changes that these pairs could have shown, with 80 % power at the 5 % level."""
-    numbers, rows = sections["behaviour"].get("numbers"), sections["signal"].get("layers")
-    out = {n: detectable(numbers[n]) for n in ("margin", "kl", "accuracy", "length_shift")} if numbers else {}
-    if rows:
-        out["auroc"] = rounded(float(np.median([detectable(row["difference"]) for row in rows])))
-    return out

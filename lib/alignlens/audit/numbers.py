@@ -1,8 +1,4 @@
-"""Numbers of an audit: what one holds, when it is more than noise, and how a sentence shows it.
-
-A measured number is a dict ``{value, low, high, null, floor, unit}``: its 95 % interval, the value that "nothing
-happened" would have, and how far from it noise alone reaches in 95 % of cases.
-"""
+"""Numbers of an audit: what one holds, when it is more than noise, and how a sentence shows it."""
 
 import math
 
@@ -15,11 +11,10 @@ EQUIVALENCE = 0.02  # AUROC: a change is called preserved only if its whole inte
 DRAWS = 2000  # of prompts
 POWER = 1 + norm.ppf(0.8) / norm.ppf(0.975)  # effect, in halves of a 95 % interval, that is seen with 80 % power
 
-# --- Making -----------------------------------------------------------------------------------------------------------
-
 
 def number(value, low=math.nan, high=math.nan, *, null=0.0, floor=math.nan, unit="") -> dict:
-    """One measured number: ``floor`` is the distance from ``null`` that noise alone reaches."""
+    """One measured number with its 95 % interval. null : the value if nothing happened. floor : the distance from null
+    that noise alone reaches in 95 % of cases."""
     out = {"value": value, "low": low, "high": high, "null": null, "floor": floor}
     return {name: rounded(v) for name, v in out.items()} | {"unit": unit}
 
@@ -45,10 +40,8 @@ def changed(row, name: str, **words) -> dict:
 
 
 def mean(values, prompt_id, *, null=0.0, floor=None, unit="", seed=0) -> dict:
-    """Mean of the finite values [rows] with a bootstrap over prompts; floor by flipping signs of prompts about null.
-
-    A sign flip is the exact null of a difference whose sides are exchangeable.
-    """
+    """Mean of the finite values [rows] with a bootstrap over prompts. floor : by flipping signs of prompts about null,
+    which is the exact null of a difference whose sides are exchangeable."""
     sums, counts = by_group(np.asarray(values, float), prompt_id)
     sums, counts = sums[counts > 0], counts[counts > 0]
     rng = np.random.default_rng(seed)
@@ -58,9 +51,6 @@ def mean(values, prompt_id, *, null=0.0, floor=None, unit="", seed=0) -> dict:
         signs = rng.choice((-1.0, 1.0), size=(DRAWS, len(sums)))
         floor = np.percentile(np.abs(signs @ (sums - null * counts)) / counts.sum(), 95)
     return number(sums.sum() / counts.sum(), low, high, null=null, floor=floor, unit=unit)
-
-
-# --- Judging ----------------------------------------------------------------------------------------------------------
 
 
 def beyond(x: dict) -> bool:
@@ -84,9 +74,6 @@ def detectable(x: dict) -> float | None:
 def measured(result: dict, name: str) -> bool:
     """Whether a section of a result was measured."""
     return result[name]["status"] == "measured"
-
-
-# --- Showing ----------------------------------------------------------------------------------------------------------
 
 
 def digits(value, sign: bool = False) -> str:

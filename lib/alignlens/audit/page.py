@@ -1,6 +1,8 @@
-"""The audit as files: audit.json, and audit.html, one page that needs nothing else, from a template."""
+"""The audit as files, audit.json and audit.html from a template, and several audits side by side as one page."""
 
+import glob
 import json
+import os
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -12,10 +14,8 @@ from alignlens.core.files import replacing_folder
 from alignlens.core.store import write_json
 from alignlens.dictionaries import CUTS
 
-_PAGES = Environment(
-    loader=PackageLoader("alignlens", "audit"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-    lstrip_blocks=True,
-)  # fmt: skip
+_PAGES = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+_PAGES.loader = PackageLoader("alignlens", "audit")
 _PAGES.tests["beyond"] = numbers.beyond
 _PAGES.filters |= {f.__name__: f for f in (numbers.digits, numbers.percent, numbers.shown)}
 _PAGES.globals |= {"draw": pictures, "rules": verdicts, "number": numbers, "features": features, "CUTS": CUTS}
@@ -33,10 +33,8 @@ def comparison(results: dict[str, dict]) -> str:
 
 
 def write(result: dict, folder: str | Path) -> list[Path]:
-    """audit.json (the result and its verdict) and audit.html in a folder; paths of both.
-
-    Both are written beside the folder first, so an old audit stays whole until the new one is.
-    """
+    """audit.json (the result and its verdict) and audit.html in a folder; paths of both. An old audit stays whole until
+    the new one is."""
     result = result | {"verdict": verdicts.verdict(result)}
     return save(folder, {"audit.html": render(result), "audit.json": result})
 
@@ -72,3 +70,43 @@ def read(path: str | Path) -> dict:
     if missing := [name for name in ("models", "pairs", "format", "methods", *SECTIONS) if name not in result]:
         raise AuditError(f"{file} has no {missing[0]!r}: it was cut or edited; make the audit again")
     return result
+
+
+def find(audits) -> list[Path]:
+    """Files of a list, or of text with commas; folders and patterns with * stand for the audit.json in them."""
+    parts = audits if isinstance(audits, list | tuple) else [p.strip() for p in str(audits or "").split(",")]
+    out = []
+    for part in filter(None, map(str, parts)):
+        found = sorted(glob.glob(os.path.expanduser(part))) if glob.has_magic(part) else [part]
+        if not found:
+            raise AuditError(f"nothing matches {part!r}: give files, folders or a pattern")
+        out += map(Path, found)
+    if len(out) < 2:
+        raise AuditError(f"a comparison needs at least two audits, given: {', '.join(map(str, out)) or 'none'}")
+    return out
+
+
+def gather(paths: list[Path]) -> dict[str, dict]:
+    """Audits by the name of their aligned model. AuditError unless all share base, pairs, format and layers."""
+    results, first = {}, None
+    for path in paths:
+        result = read(path)
+        facts = {
+            "base": result["models"]["base"]["weights"], "pairs": result["pairs"]["hash"],
+            "format": result["format"]["fingerprint"], "layers": result["methods"]["layers"],
+        }  # fmt: skip
+        first = first or facts
+        if differ := [what for what in facts if facts[what] != first[what]]:
+            values = f"{differ[0]} ({facts[differ[0]]} and {first[differ[0]]})"
+            advice = "compare audits of one base on the same pairs"
+            raise AuditError(f"{path} and {paths[0]} differ in their {values}: {advice}")
+        name = result["models"]["aligned"]["name"]
+        while name in results:
+            name += "′"
+        results[name] = result
+    return results
+
+
+def compare(audits, folder: str | Path) -> Path:
+    """Write comparison.html of several audits into a folder."""
+    return save(folder, {"comparison.html": comparison(gather(find(audits)))})[0]

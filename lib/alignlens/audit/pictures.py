@@ -1,7 +1,4 @@
-"""Pictures of an audit, drawn from its JSON: ``drawn`` makes one SVG of any, the same bytes every time.
-
-Small and with large letters, since a page shows them two in a row on a desk and one in a row on a phone.
-"""
+"""Pictures of an audit, drawn from its JSON: small with large letters, for a page on a desk or a phone."""
 
 from base64 import b64encode
 from io import BytesIO
@@ -24,7 +21,7 @@ _RC = {
 
 
 def drawn(picture, data, height: float = 2.9) -> str:
-    """The SVG of picture(axis, data) as a data URL, in the house style whatever style the caller has set."""
+    """The SVG of picture(axis, data) as a data URL: the same bytes every time, whatever style the caller has set."""
     with mpl.rc_context({**mpl.rcParamsDefault, **_RC}):
         figure, text = Figure(figsize=(4.6, height)), BytesIO()
         picture(figure.add_subplot(), data)
@@ -67,10 +64,9 @@ def shifts(axis, behaviour: dict) -> None:
     """How the log-probabilities of chosen and rejected answers moved."""
     for (side, color), line in zip(SIDES.items(), ("--", ":"), strict=True):
         h = behaviour["shifts"][side]
-        edges = np.linspace(h["low"], h["high"], len(h["counts"]) + 1)
-        density = np.array(h["counts"]) / sum(h["counts"])
-        axis.stairs(density, edges, color=color, fill=True, alpha=0.3)
-        axis.stairs(density, edges, color=color, lw=1.4, label=side)
+        bars = np.array(h["counts"]) / sum(h["counts"]), np.linspace(h["low"], h["high"], len(h["counts"]) + 1)
+        axis.stairs(*bars, color=color, fill=True, alpha=0.3)
+        axis.stairs(*bars, color=color, lw=1.4, label=side)
         axis.axvline(behaviour["numbers"][f"{side}_shift"]["value"], color=color, ls=line, lw=1.6)
     axis.axvline(0, color=INK, lw=0.9)
     axis.set(xlabel="aligned - base, log-probability (nats)", ylabel="share of answers")
@@ -94,10 +90,10 @@ def change(axis, section: dict) -> None:
     """What became of the base's preference signal at each layer, and what is new."""
     rows = section["layers"]
     layers = _layers(axis, rows, "AUROC above chance")
-    bottom, width = np.zeros(len(rows)), 0.7 * min(np.diff(layers), default=1)
+    bottom, style = np.zeros(len(rows)), {"width": 0.7 * min(np.diff(layers), default=1), "edgecolor": "white", "lw": 0}
     for name, color in FATES.items():
-        value, style = [row[name]["value"] for row in rows], {"hatch": HATCHES[name], "edgecolor": "white", "lw": 0}
-        axis.bar(layers, value, width, bottom=bottom, color=color, label=name, **style)
+        value = [row[name]["value"] for row in rows]
+        axis.bar(layers, value, bottom=bottom, color=color, label=name, hatch=HATCHES[name], **style)
         bottom += value
     axis.set_ylim(0, max(1.35 * bottom.max(), 0.01))
     axis.legend(ncols=2, loc="upper center")
@@ -110,8 +106,7 @@ def labels(axis, section: dict) -> None:
     axis.barh(y, [x["value"] for x in found], color=ALIGNED, alpha=0.35, height=0.6)
     _points(axis, y, found, ALIGNED, "s", "base with aligned")
     axis.plot([x["floor"] for x in found], y, color=INK, marker="|", ms=16, mew=2, ls="", label="base with itself")
-    if section["shuffled"]:
-        control = [section["shuffled"][name]["value"] for name in LABELS]
+    if control := [section["shuffled"][name]["value"] for name in LABELS if section["shuffled"]]:
         style = {"color": SIDES["rejected"], "marker": "D", "mfc": "none", "ms": 8, "mew": 1.6, "ls": ""}
         axis.plot(control, y, label="shuffled change", **style)
     axis.set_xlim(-0.03, 1.05)
@@ -124,11 +119,10 @@ def tests(axis, section: dict) -> None:
     names = []
     for model, color, marker in (("base", BASE, "o"), ("aligned", ALIGNED, "s")):
         for test in (t for t in section["tests"][model] if t["measure"] == "margin"):
-            effect, place = test["effect"], len(names)
-            null, floor = effect["null"], effect["floor"]
+            place, null, floor = len(names), test["effect"]["null"], test["effect"]["floor"]
             axis.barh(place, 2 * floor, left=null - floor, height=0.6, color=FLOOR, alpha=0.7)
             axis.plot([null] * 2, [place - 0.3, place + 0.3], color="white", lw=2)
-            _points(axis, [place], [effect], color, marker)
+            _points(axis, [place], [test["effect"]], color, marker)
             what = "add" if test["intervention"] == "steer" else "remove"
             names.append(f"{what} {test['direction']}\nin {model}")
     axis.axvline(0, color=INK, lw=0.9)
@@ -158,17 +152,13 @@ def compared(axis, results: dict[str, dict]) -> None:
     first = next(iter(rows.values()))
     layers = _layers(axis, first, "AUROC (0.5 is chance)")
     _band(axis, layers, [row["base"] for row in first], BASE, "o", "base")
-    for (name, found), method in zip(rows.items(), _methods(rows), strict=True):
-        value = [row["aligned"]["value"] for row in found]
+    # A model has the colour of the method that it is named after; the others get what is left.
+    methods = [name for name in METHODS if name not in ("base", "self", "seeds", "random")]
+    named = [next((m for m in methods if m in name.lower().replace("-", ":").split(":")), None) for name in rows]
+    spare = [m for m in methods if m not in named] or methods
+    for place, (name, found) in enumerate(rows.items()):
+        method, value = named[place] or spare[place % len(spare)], [row["aligned"]["value"] for row in found]
         style = {"color": METHODS[method], "ls": (0, DASHES[method] or ()), "marker": MARKERS[method]}
         axis.plot(layers, value, ms=5, label=name, **style)
     axis.margins(y=0.25)
     axis.legend(fontsize=8, ncols=2)
-
-
-def _methods(names) -> list[str]:
-    """The method that a model is named after, for its colour; the other models get what is left."""
-    methods = [name for name in METHODS if name not in ("base", "self", "seeds", "random")]
-    found = [next((m for m in methods if m in name.lower().replace("-", ":").split(":")), None) for name in names]
-    spare = [m for m in methods if m not in found] or methods
-    return [method or spare[place % len(spare)] for place, method in enumerate(found)]

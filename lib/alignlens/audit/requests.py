@@ -26,8 +26,6 @@ LEAST_PROMPTS = 20
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 GIVE = "give the base that the aligned model was trained from"
 
-# --- What is asked for ------------------------------------------------------------------------------------------------
-
 
 Word = Annotated[str, BeforeValidator(str)]
 Blocks = Annotated[settings.layers("auto"), WrapValidator(lambda x, check: x if x == "all" else check(x))]
@@ -36,15 +34,13 @@ Blocks = Annotated[settings.layers("auto"), WrapValidator(lambda x, check: x if 
 class Request(Parameters):
     """Parameters of an audit; without base, aligned and adapter it is one of the shipped toy models.
 
-    base, aligned : hub id, local folder, or a shipped toy model (``tiny:llama``, ``tiny:llama:dpo``, ``:1`` for another
-        seed). adapter : PEFT adapter on top of ``aligned``, which is the base unless it is given.
-    pairs : held-out pairs, a hub id or .jsonl/.csv/.parquet file; the toy models bring theirs.
-    layers : "auto" (all, or 12 evenly spread), "all" or block indices. limit : most pairs. sampled : most prompts that
-        are answered. causal_pairs : pairs of the causal tests, which repeat about 100 passes over them; by default 64,
-        on a CPU fewer (16 at least) where answers are long.
-    on_bad : rows that cannot be used, "refuse" or "drop"; by default drop in hub data, else refuse.
-    batch_size : by default as many as make about 8,192 tokens, at most 64. template : "auto", "chat" or "plain".
-    date : shown on the page as given; none by default, so that bytes repeat.
+    base, aligned : hub id, local folder or toy model (``tiny:llama``, ``tiny:llama:dpo``, ``:1`` for another seed).
+    adapter : PEFT adapter on top of ``aligned``, by default of base. pairs : held-out pairs, a hub id or file (.jsonl,
+    .csv, .parquet); toy models bring theirs. layers : "auto" (all, or 12 evenly spread), "all" or block indices.
+    limit : most pairs. sampled : most prompts that are answered. causal_pairs : by default 64, on a CPU fewer (16 at
+    least) where answers are long, as causal tests pass over them about 100 times. on_bad : "refuse" or "drop" rows that
+    cannot be used; by default drop in hub data. batch_size : by default about 8,192 tokens, at most 64. template :
+    "auto", "chat" or "plain". date : shown as given; none by default, so that bytes repeat.
     """
 
     base: Word
@@ -88,19 +84,14 @@ def request(**given) -> Request:
 
 
 def from_notebook(names: dict) -> Request:
-    """The request of a notebook from its global names; every plain value must be a parameter.
-
-    Call it before anything else is assigned: papermill sets parameters that it does not know with a warning only.
-    """
+    """The request of a notebook from its global names, before it assigns others: every plain value must be a parameter,
+    since papermill only warns of parameters that it does not know."""
     return request(**settings.plain_values(names))
 
 
 def check_names(names: dict, *known: str) -> None:
     """AuditError for a plain value among a notebook's global names that is not one of the known parameters."""
     settings.refuse_unknown(settings.plain_values(names), known, AuditError)
-
-
-# --- Models -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -140,14 +131,12 @@ class Side:
 
 def load_sides(request: Request, toys: study.Study | None, device: str) -> list[Side]:
     """Base and aligned model, which must be of one shape. An adapter may stand in ``adapter`` or in ``aligned``."""
-    aligned, adapter = request.aligned, request.adapter
-    folder = Path(aligned).expanduser()
+    aligned, adapter, folder = request.aligned, request.adapter, Path(request.aligned).expanduser()
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         if adapter:
             raise AuditError(f"aligned {_public(aligned)!r} is an adapter and -p adapter is given too: give one")
         aligned, adapter = request.base, str(folder)
-    sides = []
-    options = {"device": device, "trust_remote_code": request.trust_remote_code}
+    sides, options = [], {"device": device, "trust_remote_code": request.trust_remote_code}
     for source, own in ((request.base, None), (aligned, adapter)):
         name = _public(source) + (f" + {_public(own)}" if own else "")
         if source.startswith("tiny:"):
@@ -156,7 +145,13 @@ def load_sides(request: Request, toys: study.Study | None, device: str) -> list[
                 raise AuditError(f"{source!r} is an adapter on its base already: give either it or -p adapter")
             source, own = found.model, own or found.adapter
         sides.append(Side(name, *models.load(os.path.expanduser(source), own, **options)))
-    _check_same_shape(*sides)
+    one, other = (
+        {"the model": side.facts["architecture"]}
+        | {f"weight {name}": tuple(weight.shape) for name, weight in side.model.state_dict().items()}
+        for side in sides
+    )
+    for name in (name for name in one | other if one.get(name) != other.get(name)):
+        raise AuditError(f"{name} is {one.get(name)} in the base and {other.get(name)} in the aligned model: {GIVE}")
     return sides
 
 
@@ -183,19 +178,6 @@ def _public(source: str) -> str:
     return path.resolve().name if path.exists() else source
 
 
-def _check_same_shape(base: Side, aligned: Side) -> None:
-    one, other = (
-        {"the model": side.facts["architecture"]}
-        | {f"weight {name}": tuple(weight.shape) for name, weight in side.model.state_dict().items()}
-        for side in (base, aligned)
-    )
-    for name in (name for name in one | other if one.get(name) != other.get(name)):
-        raise AuditError(f"{name} is {one.get(name)} in the base and {other.get(name)} in the aligned model: {GIVE}")
-
-
-# --- Pairs ------------------------------------------------------------------------------------------------------------
-
-
 def load_pairs(request: Request, toys: study.Study | None) -> tuple[pd.DataFrame, str]:
     """The pairs as loaded, and the name of their source."""
     if request.pairs is None and request.base.startswith("tiny:"):
@@ -210,23 +192,17 @@ def load_pairs(request: Request, toys: study.Study | None) -> tuple[pd.DataFrame
 
 
 def one_format(base: Side, aligned: Side, pairs, request: Request) -> tuple[Formatter, Encoded, list[str]]:
-    """One formatter for both models, the encoded pairs, and what differed between the tokenizers without doing harm.
-
-    Both tokenizers must give the same ids on the real pairs. Where only one of them has a chat template, or the two
-    differ, both models are read in the aligned model's format, since that is the one it will be used in.
-    """
+    """One formatter for both models, the encoded pairs, and harmless differences of the tokenizers, which must give the
+    same ids on the real pairs. Of two chat templates the aligned model's is taken, since that is the one in use."""
     tokenizers, notes = [copy.deepcopy(side.tokenizer) for side in (base, aligned)], []
     words, templates = [t.get_vocab() for t in tokenizers], [t.chat_template for t in tokenizers]
-    wrong = sorted(token for token, place in words[0].items() if words[1].get(token) != place)
-    if wrong:
+    if wrong := sorted(token for token, place in words[0].items() if words[1].get(token) != place):
         raise AuditError(f"the tokenizers differ in {len(wrong)} of {len(words[0])} tokens, {wrong[0]!r} first: {GIVE}")
     if len(words[1]) > len(words[0]):
         notes.append(f"The aligned model's tokenizer has {len(words[1]) - len(words[0])} tokens more than the base's.")
     if templates[0] != templates[1] and request.template != "plain":
-        notes.append(
-            "The two tokenizers have different chat templates (or only one has any): both models were read in "
-            f"{'the aligned model' if templates[1] else 'the base'}'s format."
-        )
+        read = f"both models were read in {'the aligned model' if templates[1] else 'the base'}'s format."
+        notes.append(f"The two tokenizers have different chat templates (or only one has any): {read}")
     limit = request.max_length or min(1024, base.context)
     if limit > base.context:
         raise AuditError(f"max_length is {limit}, the models take {base.context} tokens: lower it")
@@ -244,23 +220,20 @@ def usable(pairs: pd.DataFrame, encoded: Encoded, request: Request, context: int
     skip = ("pairs", "kept", "median_tokens", "longest_tokens", "source", "prompts", "rows", "over_limit")
     reports = [*encoded.report.items(), *pairs.attrs.get("report", {}).items()]
     dropped = {name: count for name, count in reports if count and name not in skip}
-    least = min(request.response_tokens, context // 8)  # tokens left free for an answer
-    fits = np.array([len(ids) <= context - least for ids in encoded.prompt_ids])
+    room = context - min(request.response_tokens, context // 8)  # the rest is left free for an answer
+    fits = np.array([len(ids) <= room for ids in encoded.prompt_ids])
     if not fits.all():
         dropped["no_room_to_answer"] = int((~fits).sum())
     pairs = pairs[encoded.kept][fits].reset_index(drop=True)
     if (prompts := pairs.prompt_id.nunique()) < LEAST_PROMPTS:
-        raise AuditError(
-            f"{prompts} prompts are left, and an audit needs at least {LEAST_PROMPTS}: give more held-out pairs, raise "
-            "limit, or raise max_length if pairs were dropped for their length"
-        )
+        advice = "give more held-out pairs, raise limit, or raise max_length if pairs were dropped for their length"
+        raise AuditError(f"{prompts} prompts are left, and an audit needs at least {LEAST_PROMPTS}: {advice}")
     return pairs, subset(encoded, np.flatnonzero(fits)), dropped
 
 
 def subset(encoded: Encoded, rows) -> Encoded:
     """Some of the encoded pairs, by their place among the kept ones."""
     lists: dict = {name: [getattr(encoded, name)[i] for i in rows] for name in (*IDS, "prompts")}
-    sides = zip(*(lists[name] for name in IDS), strict=True)
-    sizes = [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in sides]
+    sizes = [len(p) + max(len(c), len(r)) for p, c, r in zip(*map(lists.get, IDS), strict=True)]
     lists["report"] = {"median_tokens": int(np.median(sizes)), "longest_tokens": max(sizes)}
     return replace(encoded, **lists, kept=np.ones(len(sizes), bool), prompt_id=encoded.prompt_id[rows])

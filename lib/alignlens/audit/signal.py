@@ -20,9 +20,9 @@ def signal(audit) -> dict:
     best = {name: max(rows, key=lambda row: row[name]["value"])["layer"] for name in floors}
     sides, baselines = (audit.encoded.chosen_ids, audit.encoded.rejected_ids), {}
     lengths = [np.array([len(ids) for ids in side], float) for side in sides]
+    words = audit.sampling | {"bootstrap": audit.request.bootstrap}
     for name, (chosen, rejected) in (("length", lengths), ("log_probability", audit.base_logprobs.T)):
-        groups, bootstrap = audit.encoded.prompt_id, audit.request.bootstrap
-        row = probes.fit_features(chosen, rejected, groups, bootstrap=bootstrap, **audit.sampling)
+        row = probes.fit_features(chosen, rejected, audit.encoded.prompt_id, **words)
         floor = _floors(audit, chosen[:, None, None], rejected[:, None, None])[0]
         baselines[name] = of_row(row, "auroc", null=0.5, floor=floor, unit="AUROC")
     return {"layers": rows, "best": best, "baselines": baselines}
@@ -30,8 +30,8 @@ def signal(audit) -> dict:
 
 def _floors(audit, chosen, rejected) -> list[float]:
     """By layer, how far from 0.5 probes of swapped labels reach."""
-    groups, draws = audit.encoded.prompt_id, audit.request.permutations
-    null = probes.permuted_sign_null(chosen, rejected, groups, permutations=draws, **audit.sampling)
+    words = audit.sampling | {"permutations": audit.request.permutations}
+    null = probes.permuted_sign_null(chosen, rejected, audit.encoded.prompt_id, **words)
     return (null.auroc_high - 0.5).clip(lower=0).tolist()
 
 
@@ -42,12 +42,9 @@ def change(audit) -> dict:
     for (_, row), (_, whole) in zip(audit.decomposed.iterrows(), streams.iterrows(), strict=True):
         found = {"layer": row.layer, "verdict": row.verdict}
         found |= {name: changed(row, name, unit=unit) for name, unit in PARTS.items()}
+        found["rotation"] = changed(whole, "rotation_degrees", unit="degrees")
+        found["scale"] = changed(whole, "norm_ratio", null=1.0, unit="ratio")
+        found["cka"] = changed(whole, "cka", null=1.0, unit="similarity")
         floor = 1 - whole.mean_cosine_floor
-        found |= {
-            "rotation": changed(whole, "rotation_degrees", unit="degrees"),
-            "scale": changed(whole, "norm_ratio", null=1.0, unit="ratio"),
-            "cka": changed(whole, "cka", null=1.0, unit="similarity"),
-            "direction": of_row(whole, "mean_cosine", null=1.0, floor=floor, unit="cosine"),
-        }
-        rows.append(found)
+        rows.append(found | {"direction": of_row(whole, "mean_cosine", null=1.0, floor=floor, unit="cosine")})
     return {"layers": rows}

@@ -1,7 +1,4 @@
-"""What an audit's numbers say, by fixed rules: findings, verdict, warnings.
-
-What lies within noise is said to; "preserved" is said only of changes whose whole interval is small.
-"""
+"""What an audit's numbers say, by fixed rules: findings, verdict, sentences of verdict and page, warnings."""
 
 import pandas as pd
 
@@ -15,18 +12,14 @@ NOTHING = {  # the verdict on two models with the same weights
     "What kind of change": "None: nothing lies beyond noise.",
 }
 KINDS = {"rotated": "points in another direction", "attenuated": "is gone", "created": "is new"}
-LABELS = {
-    "shared_same": "same in both", "shared_rotated": "rotated", "shared_attenuated": "weaker or stronger",
-    "base_only": "base only", "aligned_only": "aligned only",
-}  # fmt: skip
+LABELS = {"shared_same": "same in both", "shared_rotated": "rotated", "shared_attenuated": "weaker or stronger"}
+LABELS |= {"base_only": "base only", "aligned_only": "aligned only"}
 BEHAVIOUR = {
     "kl": "KL to the base", "kl_token": "KL to the base, a token", "accuracy": "implicit-reward accuracy",
     "margin": "implicit-reward margin", "chosen_shift": "shift of log p(chosen)",
     "rejected_shift": "shift of log p(rejected)", "length_shift": "change of answer length",
     "win_rate": "win rate against the base",
 }  # fmt: skip
-
-# --- Findings: what lies beyond noise ---------------------------------------------------------------------------------
 
 
 def _several(layers: list[int], rows: list) -> list[int]:
@@ -80,9 +73,6 @@ def steering_changed(result: dict) -> bool:
     return any(one["low"] > other["high"] or other["low"] > one["high"] for one, other in pairs)
 
 
-# --- The verdict ------------------------------------------------------------------------------------------------------
-
-
 def verdict(result: dict) -> list[dict]:
     """Five lines, each a title and a text, by rule."""
     lines = {"How far it moved": _how_far, "Where": _where, "What kind of change": _what_kind,
@@ -98,8 +88,8 @@ def _how_far(result: dict) -> str:
     if not beyond(numbers["kl"]):
         return "The weights differ, but the answers do not: the KL to the base is nothing beyond noise."
     token, share, margin, shift = (numbers[n]["value"] for n in ("kl_token", "accuracy", "margin", "chosen_shift"))
-    words = next(text for limit, text in FAR if token < limit)
-    text = f"It moved {words}: {shown(numbers['kl'])} nats of KL an answer, {digits(token)} a token. "
+    far = next(words for limit, words in FAR if token < limit)
+    text = f"It moved {far}: {shown(numbers['kl'])} nats of KL an answer, {digits(token)} a token. "
     if not beyond(numbers["accuracy"]) and not beyond(numbers["margin"]):
         return text + "It favours neither chosen nor rejected answers more than the base did, beyond noise."
     side, share = ("chosen", share) if margin > 0 else ("rejected", 1 - share)
@@ -116,12 +106,11 @@ def _where(result: dict) -> str:
     if measured(result, "causal"):
         found, pairs = result["causal"]["patching"], result["causal"]["pairs"]
         half = [row["layer"] for row in found["layers"] if (row["share"]["value"] or 0) >= 0.5]
-        if found["reason"]:
-            parts.append(f"On the {pairs} pairs of the causal check the change of margin cannot be located.")
-        elif half:
-            parts.append(f"Half of the change of margin is there after block {half[0]} of {depth} (0 to {depth - 1}).")
-        else:
-            parts.append("No measured block alone carries half of the change of margin.")
+        text = "No measured block alone carries half of the change of margin."
+        if half:
+            text = f"Half of the change of margin is there after block {half[0]} of {depth} (0 to {depth - 1})."
+        nowhere = f"On the {pairs} pairs of the causal check the change of margin cannot be located."
+        parts.append(nowhere if found["reason"] else text)
     if measured(result, "signal"):
         best = result["signal"]["best"]["aligned"]
         auroc = next(row["aligned"] for row in result["signal"]["layers"] if row["layer"] == best)
@@ -164,9 +153,6 @@ def _not_measured(result: dict) -> str:
     return f"{text[:1].upper()}{text[1:]}."
 
 
-# --- Sentences of verdict and page ------------------------------------------------------------------------------------
-
-
 def auroc_says(result: dict) -> str:
     """Of probe accuracy that shows no change: preserved, or not enough data to tell."""
     rows, start = result["signal"].get("layers"), "How well it can be read"
@@ -183,12 +169,11 @@ def auroc_says(result: dict) -> str:
 def kinds_say(result: dict) -> str:
     """What share of the preference signal changed, by kind, over the layers where it did; empty if nowhere."""
     rows, found = result["change"]["layers"], []
-    for kind, layers in changed_layers(result).items():
-        if layers:
-            whole = ("kept", "rotated", "created" if kind == "created" else "attenuated")
-            part, *parts = (sum(r[n]["value"] for r in rows if r["layer"] in layers) for n in (kind, *whole))
-            share = percent(round(part / max(sum(parts), 1e-12), 2))
-            found.append(f"{share} {KINDS[kind]} (at {len(layers)} of {len(rows)} layers)")
+    for kind, layers in ((kind, layers) for kind, layers in changed_layers(result).items() if layers):
+        whole = ("kept", "rotated", "created" if kind == "created" else "attenuated")
+        part, *parts = (sum(r[n]["value"] for r in rows if r["layer"] in layers) for n in (kind, *whole))
+        share = percent(round(part / max(sum(parts), 1e-12), 2))
+        found.append(f"{share} {KINDS[kind]} (at {len(layers)} of {len(rows)} layers)")
     return f"Of the preference signal, {listed(found)}." if found else ""
 
 
@@ -202,20 +187,17 @@ def labels_say(result: dict, words: str = "{value} {label}") -> list[str]:
     return out
 
 
-# --- Warnings ---------------------------------------------------------------------------------------------------------
-
-
 def warnings(result: dict, pairs: pd.DataFrame) -> list[dict]:
     """What a reader must know before trusting the numbers: code, text; the gravest first."""
-    p, behaviour, signal = result["pairs"], result["behaviour"], result["signal"]
-    dropped, moved = p["dropped"], result["weights"]["share"]["value"]
+    p, signal, moved = result["pairs"], result["signal"], result["weights"]["share"]["value"]
+    dropped = p["dropped"]
     answers = pd.concat([pairs.chosen, pairs.rejected])
     repeated, swapped = p["pairs"] - p["prompts"], float(answers.duplicated(keep=False).mean())
     last = answers.str.rstrip().str[-1:]
     ends = float((last.str.isalnum() | last.isin([",", ";"])).mean())
     long = sum(dropped.get(n, 0) for n in ("overlong_prompt", "overlong_response", "too_long", "no_room_to_answer"))
     bad = sum(v for name, v in dropped.items() if name.startswith("bad_") or name in ("special_token", "boundary"))
-    cut = max(behaviour["cut"].values()) if measured(result, "behaviour") else 0
+    cut = max(result["behaviour"].get("cut", {"": 0}).values())
     best = max([row["aligned"]["value"] for row in signal.get("layers", [])], default=1.0)
     words = {"length": "Answer length alone", "log_probability": "The base's own log-probability"}
     confounds = [

@@ -1,9 +1,7 @@
 """The claims of arXiv 2606.09850 as data: each with its rule, and a verdict that the rule gives from tables.
 
-``reanalysis`` and ``class_shares`` look at the published numbers alone (``data/published``). ``ledger`` sets three
-kinds of evidence side by side: what the paper published, what the published protocol gives on this study's models,
-and what the sound protocol gives on them. No verdict is written by hand. Rules need two families and compare with what
-the paper reports, so a flat result is "not replicated" only where the study could have seen the published effect.
+``reanalysis`` and ``class_shares`` look at published numbers alone. ``ledger`` sets side by side what was published,
+and what the published and the sound protocol give on this study's models. No verdict is written by hand.
 """
 
 from alignlens.claims.evidence import TABLES, read_tables

@@ -1,10 +1,7 @@
-"""The claims: what each is judged on, table by table, and the rule that is applied to it.
+"""The claims. The docstring of a claim's function is its rule, word for word as the ledger states it.
 
-The docstring of a claim's function is its rule, word for word as the ledger states it. Each says its evidence to
-``paper`` (what was published), ``here`` (the published protocol on this study's models) and ``sound`` (ours on them).
+Each says its evidence to ``paper`` (published), ``here`` (its protocol on this study's models), ``sound`` (ours).
 """
-
-from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -12,7 +9,7 @@ import pandas as pd
 from alignlens.claims import rules
 from alignlens.claims.evidence import Evidence, Tables, of
 from alignlens.claims.paper import class_shares, published, reanalysis
-from alignlens.claims.rules import BROAD, CONCENTRATED, NOT_TESTABLE, NULLS
+from alignlens.claims.rules import BROAD, CHANGED, CONCENTRATED, NOT_REPLICATED, NOT_TESTABLE, NULLS, REPLICATED
 from alignlens.core.settings import METHODS
 from alignlens.core.statistics import standard_error
 from alignlens.study.mechanisms import matched_dose
@@ -30,9 +27,6 @@ MEASURES = {
 }
 
 
-# --- changes of separability ------------------------------------------------------------------------------------------
-
-
 def change(study: Tables, paper: Evidence, here: Evidence, sound: Evidence, methods, sign: int, contrast="") -> Verdict:
     """Sound protocol, at the layer where the family's base is best, aligned minus base, grouped folds, interval over
     prompts and seeds. Replicated: interval without 0, q < {LEVEL} over families x methods, claimed sign in at least 2/3
@@ -40,10 +34,8 @@ def change(study: Tables, paper: Evidence, here: Evidence, sound: Evidence, meth
     in at least 2/3 of the families the method learnt something (objective moved, half of the target dose) and the
     interval excludes the published change (median over families). Else not testable here.
     """
-    more = _at_layer0 if contrast else None
-    return _by_method(
-        study, paper, here, sound, methods, lambda t, x: rules.judge_change(t, sign, sign * x), more, contrast
-    )
+    evidence, more = (paper, here, sound), _at_layer0 if contrast else None
+    return _by_method(study, *evidence, methods, lambda t, x: rules.judge_change(t, sign, sign * x), more, contrast)
 
 
 def preserve(study: Tables, paper: Evidence, here: Evidence, sound: Evidence) -> Verdict:
@@ -57,8 +49,8 @@ def preserve(study: Tables, paper: Evidence, here: Evidence, sound: Evidence) ->
     return verdict
 
 
-def _by_method(study, paper, here, sound, methods, rule: Callable, more: Callable | None, contrast="") -> Verdict:
-    """The common verdict over methods; rule : of (changes here, published change); more : more words on the paper's."""
+def _by_method(study, paper, here, sound, methods, rule, more, contrast="") -> Verdict:
+    """The common verdict; rule : of (changes here, published change); more : more words on the paper's."""
     judged = {}
     for method in methods:
         rows, own, found = (of(table, method) for table in (reanalysis(), study.published_changes, study.changes))
@@ -71,10 +63,18 @@ def _by_method(study, paper, here, sound, methods, rule: Callable, more: Callabl
         text = f"{method}, grouped folds, at the base's best layer: %s; learnt something in "
         sound.tell(f"{text}{found.trained.sum()} families.", found, "transfer_gaps", "change")
         judged[method] = rule(found, rows.change.median()) if len(found) else NOT_MEASURED
-    _contrast(study, here, sound, contrast)
+    best = study["data_matters"].groupby(["protocol", "family", "set"]).auroc.max().unstack()
+    if contrast in best:  # what another set of pairs does to one and the same base
+        best = best.assign(change=best[contrast] - best["paired"], method="base").dropna(subset="change").reset_index()
+        text = f"The unaligned base read on {contrast} instead of one pair a prompt: %s."
+        for protocol, out in (("published", here), ("grouped", sound)):
+            rows = best[best.protocol == protocol]
+            out.tell(text, rows, "data_matters", f"change of the base on {contrast}", "change")
     _matched(study, sound, methods)
-    because = "; ".join(f"{method}: {reason}" for method, (_, reason) in judged.items())
-    return rules.combine([verdict for verdict, _ in judged.values()]), because
+    verdicts = {verdict for verdict, _ in judged.values()}
+    if len(verdicts) > 1:
+        verdicts = {CHANGED if {CHANGED, REPLICATED} & verdicts else NOT_TESTABLE}
+    return verdicts.pop(), "; ".join(f"{method}: {reason}" for method, (_, reason) in judged.items())
 
 
 def _at_layer0(paper: Evidence, method: str, rows: pd.DataFrame) -> None:
@@ -85,8 +85,8 @@ def _at_layer0(paper: Evidence, method: str, rows: pd.DataFrame) -> None:
     text = "As a share of what lies above the floor the change is %s."
     paper.tell(text, rows, "noise_floors", "above-floor change", "above_floor_change")
     leak = of(published("leak_free"), method).query("layer == 'best'")
+    leak = leak.rename(columns={"auroc_clean_low": "low", "auroc_clean_high": "high"})
     if len(leak):
-        leak = leak.rename(columns={"auroc_clean_low": "low", "auroc_clean_high": "high"})
         clean = paper.each(leak, "leak_free", "leak-free AUROC", "auroc_clean")
         pairs, own = (leak.pairs - leak.leaked_pairs).iloc[0], paper.each(base, "probe_metrics", "AUROC", "auroc")
         paper.say(f"On the {pairs} pairs whose mirror image was not in training: {clean}; base, with the leak, {own}.")
@@ -96,17 +96,6 @@ def _loss(paper: Evidence, method: str, _=None, text: str = "Loss on plain text:
     loss = published("models").pivot(index="family", columns="method", values="ce_loss")
     loss = loss.assign(change=loss[method] - loss["base"], method=method).reset_index()
     paper.tell(text, loss, "models", "loss change", "change")
-
-
-def _contrast(study: Tables, here: Evidence, sound: Evidence, name: str) -> None:
-    """What another set of pairs does to one and the same base, under either protocol."""
-    best = study["data_matters"].groupby(["protocol", "family", "set"]).auroc.max().unstack()
-    if name in best:
-        best = best.assign(change=best[name] - best["paired"], method="base").dropna(subset="change").reset_index()
-        text = f"The unaligned base read on {name} instead of one pair a prompt: %s."
-        for protocol, out in (("published", here), ("grouped", sound)):
-            rows = best[best.protocol == protocol]
-            out.tell(text, rows, "data_matters", f"change of the base on {name}", "change")
 
 
 def _matched(study: Tables, sound: Evidence, methods) -> None:
@@ -121,9 +110,6 @@ def _matched(study: Tables, sound: Evidence, methods) -> None:
         sound.tell(text, of(found, method), "dose_response", "change at matched dose", "value")
 
 
-# --- rotation and attenuation -----------------------------------------------------------------------------------------
-
-
 def mechanism(study: Tables, paper: Evidence, here: Evidence, sound: Evidence) -> Verdict:
     """Replicated: the fall of C3 is, and rotation or attenuation exceeds the nulls (two seeds, random direction) by two
     standard errors in at least 2/3 of the families for both methods; changed: for one method only; not replicated: for
@@ -136,19 +122,24 @@ def mechanism(study: Tables, paper: Evidence, here: Evidence, sound: Evidence) -
     for measure, rows in of(table, *methods).groupby("measure", sort=False):
         source, _, words = MEASURES[measure]
         null = sound.each(rows.drop_duplicates("family").assign(method="null"), source, f"{measure}, null", "null")
-        said = []
-        for method, part in rows.groupby("method", sort=False):
-            value = sound.each(part, source, measure, "value")
-            said.append(f"{method} {value} (beyond in {part.beyond.sum()} of {len(part)})")
+        said = [
+            f"{method} {sound.each(part, source, measure, 'value')} (beyond in {part.beyond.sum()} of {len(part)})"
+            for method, part in rows.groupby("method", sort=False)
+        ]
         sound.say(f"{words}: {'; '.join(said)}; strongest null {null}.")
-    _interventions(study, sound, methods)
+    tried = of(study["causal"], *methods).dropna(subset="beats").query("measure == 'margin'")
+    tried = tried[tried["name"].astype(str).str.startswith("preference")]
+    share = sound.add("causal", "share that beats random directions", tried.beats.astype(bool).mean())
+    text = f"Steering along the preference direction and ablating it: of {len(tried)} effects on the margin a share of "
+    text += f"{share} beats norm-matched random directions (0.05 by chance)."
+    sound.say(text if len(tried) else "Interventions: not measured.")
     decided = table[table.source == table.source.iloc[0]] if len(table) else table
     if not set(methods) <= set(decided.method):
         return NOT_TESTABLE, "no table measures rotation or attenuation beside nulls for dpo and orpo"
     hits = decided.groupby(["method", "measure"]).beyond.agg(lambda beyond: rules.majority(beyond.sum(), len(beyond)))
     named = [method for method in methods if hits[method].any()]
     fall, _ = change(study, Evidence(), Evidence(), Evidence(), methods, -1)
-    verdict = (rules.NOT_REPLICATED, rules.CHANGED, rules.REPLICATED)[len(named)] if fall == rules.REPLICATED else fall
+    verdict = (NOT_REPLICATED, CHANGED, REPLICATED)[len(named)] if fall == REPLICATED else fall
     said = f"fall of separability: {fall}; rotation or attenuation beyond the nulls for {', '.join(named) or 'neither'}"
     return verdict, f"{said} (by {decided.source.iloc[0]}.csv)"
 
@@ -169,11 +160,8 @@ def _published_mechanism(study: Tables, paper: Evidence, here: Evidence, methods
 
 
 def _beside_nulls(study: Tables, name: str) -> pd.DataFrame:
-    """A measure beside its nulls: source, measure, family, method, value (mean over seeds), null, beyond.
-
-    null : the strongest seed or draw of any null. beyond : two standard errors above it; those of latent shares are
-    binomial, of the others from prompts and seeds. No rows where no null was measured.
-    """
+    """A measure beside its nulls: source, measure, family, method, value (mean over seeds), null (the strongest of
+    any), beyond (by two standard errors: binomial of latent shares, else of prompts and seeds). Empty without nulls."""
     source, side, _ = MEASURES[name]
     table, latents = study[source], source == "crosscoder_labels"
     if of(table, *NULLS).empty:
@@ -194,19 +182,6 @@ def _beside_nulls(study: Tables, name: str) -> pd.DataFrame:
     rows = rows.assign(value=side * rows.strength, null=side * rows.null_strength)
     beyond = rows.strength - rows.null_strength > 2 * np.sqrt(rows.within + rows.between + rows.null_within)
     return rows.assign(beyond=rules.exceeds(rows.value, rows.null, rows.live) if latents else beyond)
-
-
-def _interventions(study: Tables, sound: Evidence, methods) -> None:
-    table = of(study["causal"], *methods).dropna(subset="beats")
-    table = table[(table.measure == "margin") & table["name"].astype(str).str.startswith("preference")]
-    if table.empty:
-        return sound.say("Interventions: not measured.")
-    share = sound.add("causal", "share that beats random directions", table.beats.astype(bool).mean())
-    text = "Steering along the preference direction and ablating it: of {} effects on the margin a share of {} beats "
-    sound.say(text.format(len(table), share) + "norm-matched random directions (0.05 by chance).")
-
-
-# --- layers, families, breadth ----------------------------------------------------------------------------------------
 
 
 def depth(study: Tables, paper: Evidence, here: Evidence, sound: Evidence) -> Verdict:
@@ -263,17 +238,15 @@ def breadth(study: Tables, paper: Evidence, here: Evidence, sound: Evidence) -> 
     """
     shares = class_shares().query("run != 'rescue'").groupby(["family", "method"]).aligned_only.mean().reset_index()
     broad, narrow = (of(shares, *names).groupby("family").aligned_only for names in (BROAD, CONCENTRATED))
-    source, name = "crosscoder_classes", "aligned-only share"
-    order = pd.DataFrame({"low": broad.min(), "high": narrow.max()})
+    order, name = pd.DataFrame({"low": broad.min(), "high": narrow.max()}), "aligned-only share"
     for family, low, high in order.itertuples():
-        low = paper.add(source, f"{name}, lowest broad", low, family=family)
-        high = paper.add(source, f"{name}, highest concentrated", high, family=family)
+        low = paper.add("crosscoder_classes", f"{name}, lowest broad", low, family=family)
+        high = paper.add("crosscoder_classes", f"{name}, highest concentrated", high, family=family)
         paper.say(f"{family}: lowest broad share {low}, highest concentrated {high}.")
-    held = (order.low > order.high).sum()
-    paper.say(f"The order holds in {held} of {len(order)} families; PPO and nulls are not published.")
+    held = f"{(order.low > order.high).sum()} of {len(order)} families"
+    paper.say(f"The order holds in {held}; PPO and nulls are not published.")
     own = study["published_classes"].query("thresholds == 'adaptive' and `class` == 'aligned_only'")
-    labels = study["crosscoder_labels"]
-    only = labels[labels.label == "aligned_only"]
+    only = study["crosscoder_labels"].query("label == 'aligned_only'")
     for words, names in {"broad": BROAD, "concentrated": CONCENTRATED, "nulls": NULLS}.items():
         if len(part := of(own, *names)):
             said = here.add("published_classes", f"{name}, {words}", part.share.mean())
@@ -281,4 +254,5 @@ def breadth(study: Tables, paper: Evidence, here: Evidence, sound: Evidence) -> 
         part = of(only, *names).groupby("family", sort=False, as_index=False).share.max()
         text = f"Largest aligned-only share of live latents, {words}: %s."
         sound.tell(text, part, "crosscoder_labels", f"largest {name}, {words}", "share")
-    return rules.judge_breadth(labels, of(shares, *BROAD).aligned_only.median()) if len(labels) else NOT_MEASURED
+    share, labels = of(shares, *BROAD).aligned_only.median(), study["crosscoder_labels"]
+    return rules.judge_breadth(labels, share) if len(labels) else NOT_MEASURED

@@ -11,7 +11,7 @@ from alignlens.claims.rules import reference_changes
 from alignlens.core.errors import ClaimError
 from alignlens.core.settings import METHODS
 
-TABLES = {
+TABLES = {  # that the ledger reads, as their CSV in figures/<preset> is named, with columns; any may be missing
     "transfer_gaps": "family method layer auroc_base difference difference_low difference_high",
     "layer_metrics_grouped": "family method layer auroc auroc_low auroc_high",
     "layer_metrics_published": "family method layer auroc auroc_low auroc_high",
@@ -23,7 +23,6 @@ TABLES = {
     "decomposition_seeds": "family method layer rotated attenuated",
     "dose_response": "family method share kl change change_low change_high",
 }  # fmt: skip
-"""Tables that the ledger reads, as their CSV in ``figures/<preset>`` is named, with columns; any may be missing."""
 
 
 def of(table: pd.DataFrame, *methods: str) -> pd.DataFrame:
@@ -48,10 +47,7 @@ class Evidence:
             self.say(text % self.each(table, source, name, column))
 
     def each(self, table: pd.DataFrame, source: str, name: str, column: str = "") -> str:
-        """Keep a number a row, as "family value, family value"; column : as ``name`` unless given.
-
-        table : family, the column, and method, low, high where it has them.
-        """
+        """Keep a number a row, with method, low, high where the table has them; returns "family value, ..."."""
         said = []
         for row in table.to_dict("records"):
             known = {key: row[key] for key in ("family", "method", "low", "high") if key in row}
@@ -59,10 +55,7 @@ class Evidence:
         return ", ".join(said)
 
     def add(self, source: str, name: str, value, *, family="", method="", low=math.nan, high=math.nan) -> str:
-        """Keep a number; returns it as text, signed if it is a change, with its interval if it has one.
-
-        source : name of one of ``TABLES``, or of a table of ``data/published``.
-        """
+        """Keep a number of one of ``TABLES`` or of ``data/published``; returns it as text, signed if it is a change."""
         if not math.isfinite(value):
             return "not measured"
         source = f"{source}.csv" if source in TABLES else f"data/published/{source}.csv"
@@ -76,10 +69,7 @@ class Evidence:
 
 
 class Tables(dict):
-    """The tables of a study under judgement, empty where one was not made, and what claims share of them.
-
-    Raises ClaimError for a table without a column that the rules read.
-    """
+    """The tables of a study under judgement, empty where one was not made, and what claims share of them."""
 
     def __init__(self, tables: dict[str, pd.DataFrame], dose: float | None):
         self.dose = dose
@@ -91,10 +81,7 @@ class Tables(dict):
 
     @cached_property
     def changes(self) -> pd.DataFrame:
-        """``reference_changes``, method by method, with trained: the method learnt something there.
-
-        It moved its objective and went at least half of the target dose.
-        """
+        """``reference_changes``, method by method; trained : objective moved, and half of the target dose reached."""
         key, doses = ["family", "method"], self["doses"]
         found = reference_changes(self["transfer_gaps"]).merge(self["objectives"][[*key, "moved"]], how="left", on=key)
         found["trained"] = found.moved == "moved"

@@ -48,13 +48,12 @@ CLAIMS = (
 
 
 def ledger(tables: dict[str, pd.DataFrame], *, run_id: str, preset: str, dose: float | None = None) -> dict:
-    """Judge every claim by its rule.
+    """Judge every claim by its rule; raises ClaimError for a table without the columns that a rule reads.
 
-    tables : by the names in ``TABLES``; what is missing or empty counts as not measured. dose : the target in nats, for
-    asking whether a method learnt something; None asks only whether its objective moved. Returns plain data:
-    {"schema", "run_id", "preset", "claims": [{"id", "statement", "rule", "published": {"text", "numbers"},
-    "here_published": ..., "here_sound": ..., "verdict", "because", "sources"}]}. Each number has name, family, method,
-    value, low, high, source and run. Raises ClaimError for a table without the columns that a rule reads.
+    tables : by the names in ``TABLES``; missing or empty ones were not measured. dose : target in nats, half of which a
+    method that learnt something has gone (None: its objective moved). Returns {"schema", "run_id", "preset",
+    "claims": [{"id", "statement", "rule", "published": {"text", "numbers"}, "here_published", "here_sound", "verdict",
+    "because", "sources"}]}; each number has name, family, method, value, low, high, source and run.
     """
     study, found = Tables(tables, dose), []
     for claim in CLAIMS:
@@ -63,7 +62,7 @@ def ledger(tables: dict[str, pd.DataFrame], *, run_id: str, preset: str, dose: f
         parts = {name: part.plain() for name, part in evidence.items()}
         sources = list(dict.fromkeys(number["source"] for part in parts.values() for number in part["numbers"]))
         words = {"id": claim.id, "statement": claim.statement, "rule": claim.rule}
-        found.append({**words, **parts, "verdict": verdict, "because": because, "sources": sources})
+        found.append(words | parts | {"verdict": verdict, "because": because, "sources": sources})
     return {"schema": SCHEMA, "run_id": run_id, "preset": preset, "claims": found}
 
 

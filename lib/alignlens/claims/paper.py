@@ -24,27 +24,23 @@ def published(name: str) -> pd.DataFrame:
 
 
 def auroc_error(auroc, pairs):
-    """Standard error of the AUROC of ``pairs`` mirrored rows {s: 1, -s: 0}, from the value alone.
+    """Standard error of the AUROC of ``pairs`` mirrored rows {s: 1, -s: 0}, from the value alone; of sampling only.
 
-    Hanley and McNeil (1982) for as many positives as negatives, times sqrt 2: a mirrored row is the same pair again, so
-    its error does not average out. Sampling of pairs only: no leak, no choice of layer, no training seed.
+    Hanley and McNeil (1982) for as many positives as negatives, times sqrt 2, since a mirrored row is the same pair.
     """
     a = np.asarray(auroc, float)
     first, second = a / (2 - a), 2 * a**2 / (1 + a)
-    variance = (a * (1 - a) + (pairs - 1) * (first + second - 2 * a**2)) / pairs**2
-    return np.sqrt(2 * variance)
+    return np.sqrt(2 * (a * (1 - a) + (pairs - 1) * (first + second - 2 * a**2)) / pairs**2)
 
 
 @cache
 def reanalysis() -> pd.DataFrame:
     """The paper's probe results against what they can be compared with, one row a family and method.
 
-    best_layer, auroc : arg-max over layers, as published. change : against the base of the family. change_error :
-    of two independent samples, so too wide where both were read on the same pairs. beyond_noise : |change| above two of
-    them. layer0, layer0_change : at the first block. share_at_layer0 : layer0_change / change where beyond_noise, else
-    NaN. plateau_first, plateau_last : layers within two errors of the best. floor : Gaussian noise of the same n and d.
-    above_floor : (auroc - floor) / (1 - floor); above_floor_change : against the base. Gaussian noise has full rank, so
-    the floor of real, correlated features is lower.
+    best_layer, auroc : arg-max over layers. change, layer0_change, above_floor_change : against the family's base.
+    change_error : of independent samples, too wide for the same pairs; beyond_noise : |change| above two of them.
+    share_at_layer0 : layer0_change / change where beyond_noise. plateau_first, plateau_last : layers within two errors
+    of the best. floor : Gaussian noise of the same n and d; of real, correlated features it is lower.
     """
     layers = published("probe_metrics").drop(columns="accuracy").sort_values("layer")
     curves, floors = layers.groupby(MODEL).auroc, published("noise_floors").groupby(["pairs", "d_model"]).floor.mean()
@@ -54,8 +50,8 @@ def reanalysis() -> pd.DataFrame:
     near = layers.merge(table[[*MODEL, "auroc", "error"]], on=MODEL, suffixes=("", "_best"))
     near = near[near.auroc >= near.auroc_best - 2 * near.error].groupby(MODEL).layer
     plateau = near.agg(plateau_first="min", plateau_last="max").assign(layer0=curves.first())
-    table = table.merge(plateau[["layer0", "plateau_first", "plateau_last"]].reset_index(), on=MODEL)
-    table = table.join(floors, on=["pairs", "d_model"])
+    plateau = plateau[["layer0", "plateau_first", "plateau_last"]]
+    table = table.join(plateau, on=MODEL).join(floors, on=["pairs", "d_model"])
     table["above_floor"] = (table.auroc - table.floor) / (1 - table.floor)
     base = table[table.method == "base"].set_index("family")
     for name, new in (("auroc", "change"), ("layer0", "layer0_change"), ("above_floor", "above_floor_change")):
@@ -68,15 +64,13 @@ def reanalysis() -> pd.DataFrame:
 
 
 def class_shares() -> pd.DataFrame:
-    """The paper's crosscoder classes: family, method, run, share of the dictionary in each, and what is forced.
+    """The paper's crosscoder classes as shares of the dictionary, one row a family, method and run.
 
-    shared_redirected, shared_aligned, aligned_only, base_only : shares. forced : share that the training copies from
-    base to aligned, hence "shared_aligned" by construction. redirected_shift : median |usage shift| of the redirected.
+    forced : "shared_aligned" by construction. redirected_shift : median |usage shift| of the redirected.
     """
     table = published("crosscoder_classes")
-    shares = table.pivot_table(index=RUN, columns="class", values="share").fillna(0.0)
-    total = table.groupby(RUN)["count"].sum()
-    shares["forced"] = (FORCED_SHARE * total).astype(int) / total
+    shares, total = table.pivot_table(index=RUN, columns="class", values="share"), table.groupby(RUN)["count"].sum()
+    shares = shares.fillna(0.0).assign(forced=(FORCED_SHARE * total).astype(int) / total)
     shares = shares[["shared_redirected", "shared_aligned", "forced", "aligned_only", "base_only"]]
     shift = table[table["class"] == "shared_redirected"].set_index(RUN).median_abs_shift
     return shares.assign(redirected_shift=shift).reset_index()

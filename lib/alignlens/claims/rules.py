@@ -1,11 +1,9 @@
-"""The rules: each looks at one table, a row a family, and returns (verdict, because).
+"""The rules, as ``cases`` states them: each looks at one table, a row a family, and returns (verdict, because).
 
-A majority is two thirds of the families, and two must be measured. A row with NaN was not measured and supports
-nothing. "Not replicated" needs power: the study could have seen the published effect.
+A row with NaN was not measured and supports nothing. "Not replicated" needs power to see the published effect.
 """
 
 import math
-from collections import Counter
 
 import numpy as np
 import pandas as pd
@@ -22,10 +20,8 @@ MARGIN = 0.02  # AUROC: a change whose whole interval lies within +-MARGIN count
 LEVEL = 0.05  # false discovery rate over families x methods
 MAJORITY = 2 / 3  # of the families must agree
 INTERVAL = ["change", "low", "high"]
-PLACES = {
-    "plateau inside the network": REPLICATED, "a narrow plateau at an end": CHANGED, "flat": NOT_REPLICATED,
-    "too wide an interval to place it": NOT_TESTABLE,
-}  # fmt: skip
+PLACES = {"plateau inside the network": REPLICATED, "a narrow plateau at an end": CHANGED, "flat": NOT_REPLICATED}
+PLACES["too wide an interval to place it"] = NOT_TESTABLE
 
 
 def majority(count: int, families: int) -> bool:
@@ -39,11 +35,10 @@ def by_majority(families: int, counts: dict[str, int]) -> str:
 
 
 def reference_changes(transfer: pd.DataFrame) -> pd.DataFrame:
-    """Change of separability of each method at the layer where its family's base is best.
+    """Change of separability of each method at the layer where its family's base is best, from ``transfer_gaps.csv``.
 
-    transfer : ``transfer_gaps.csv``. Returns family, method, layer, change, low, high (95 %, prompts and seeds),
-    p (normal, from the interval), q (Benjamini and Hochberg over families x methods; controls stay outside). The layer
-    is chosen on the base's own number, which leans against a rise: compare with a control at the same layer.
+    Returns family, method, layer, change, low, high (95 %, prompts and seeds), p (normal), q (Benjamini and Hochberg
+    over families x methods, without controls). The base's best leans against a rise: compare with a control there.
     """
     known = transfer.assign(auroc_base=transfer.auroc_base.fillna(-np.inf))
     rows = transfer.loc[known.groupby("family", sort=False).auroc_base.idxmax(), ["family", "layer"]]
@@ -55,12 +50,7 @@ def reference_changes(transfer: pd.DataFrame) -> pd.DataFrame:
 
 
 def judge_change(table: pd.DataFrame, sign: int, effect: float) -> tuple[str, str]:
-    """A claimed rise (+1) or fall (-1). table : family, change, low, high, q, trained. effect : published size, > 0.
-
-    replicated : clear (q < LEVEL, interval without 0) with that sign in a majority of families, in none with the other.
-    changed : clear somewhere, but not so. not replicated : clear nowhere, and in a majority the method learnt something
-    and the interval excludes the published size. Else not testable here.
-    """
+    """A claimed rise (+1) or fall (-1). table : family, change, low, high, q, trained. effect : published size, > 0."""
     found, families = table.dropna(subset=INTERVAL), len(table)
     if len(found) < 2:
         return NOT_TESTABLE, f"measured in {len(found)} of {families} families; two are needed"
@@ -77,12 +67,7 @@ def judge_change(table: pd.DataFrame, sign: int, effect: float) -> tuple[str, st
 
 
 def judge_equivalence(table: pd.DataFrame) -> tuple[str, str]:
-    """A claim that nothing changes. table : family, change, low, high, trained (the method learnt something).
-
-    replicated : in a majority of families the method learnt and the whole interval lies within +-MARGIN. not
-    replicated : in a majority it lies beyond the margin. Else not testable here: preserving is then not shown, since an
-    interval that reaches over the margin would hold a change as well.
-    """
+    """A claim that nothing changes. table : family, change, low, high, trained (the method learnt something)."""
     found, families = table.dropna(subset=INTERVAL), len(table)
     learnt = found[found.trained.astype(bool)]
     if len(learnt) < 2:
@@ -96,37 +81,23 @@ def judge_equivalence(table: pd.DataFrame) -> tuple[str, str]:
 
 
 def judge_depth(table: pd.DataFrame) -> tuple[str, str]:
-    """A claim that the signal sits in middle layers. table : family, layer, auroc, auroc_low, auroc_high.
-
-    A family's plateau: layers whose AUROC lies within the interval of its best. replicated : in a majority of families
-    it holds neither the first nor the last layer. changed : in a majority it covers at most half of the layers, at an
-    end. not replicated : in a majority all layers lie within MARGIN and so does the interval. Else not testable.
-    """
+    """A claim that the signal sits in middle layers. table : family, layer, auroc, auroc_low, auroc_high."""
     families = table.family.nunique()
     found = table.dropna(subset=["auroc", "auroc_low", "auroc_high"]).groupby("family", sort=False)
-    counts = Counter(_place(rows) for _, rows in found)
+    counts = dict.fromkeys(PLACES, 0)
+    for _, rows in found:
+        best = rows.loc[rows.auroc.idxmax()]
+        plateau = rows.layer[rows.auroc >= best.auroc_low]
+        inside = not plateau.isin([rows.layer.min(), rows.layer.max()]).any()
+        narrow = plateau.nunique() <= len(rows) / 2
+        flat = max(np.ptp(rows.auroc), (best.auroc_high - best.auroc_low) / 2) <= MARGIN
+        counts[next(words for words, holds in zip(PLACES, (inside, narrow, flat, True), strict=True) if holds)] += 1
     said = "; ".join(f"{words} in {counts[words]} of {families} families" for words in PLACES)
     return by_majority(families, {verdict: counts[words] for words, verdict in PLACES.items()}), said
 
 
-def _place(rows: pd.DataFrame) -> str:
-    best = rows.loc[rows.auroc.idxmax()]
-    plateau = rows.layer[rows.auroc >= best.auroc_low]
-    inside = not plateau.isin([rows.layer.min(), rows.layer.max()]).any()
-    narrow = plateau.nunique() <= len(rows) / 2
-    flat = max(np.ptp(rows.auroc), (best.auroc_high - best.auroc_low) / 2) <= MARGIN
-    return next(words for words, holds in zip(PLACES, (inside, narrow, flat, True), strict=True) if holds)
-
-
 def judge_families(table: pd.DataFrame, spread: float) -> tuple[str, str]:
-    """A claim that effects differ between families. table : family, method, change, low, high.
-
-    spread : the published range over families.
-
-    Cochran's Q for each method, with errors from prompts and seeds, corrected over methods (Benjamini and Hochberg).
-    replicated : any method differs. not replicated : none does, and the smallest difference between two families that
-    would be seen (median over rows) is below the published range. Else not testable here.
-    """
+    """A claim that families differ. table : family, method, change, low, high. spread : published range."""
     found = table.dropna(subset=INTERVAL)
     found = found[found.groupby("method").family.transform("nunique") >= 2]
     if not len(found):
@@ -136,9 +107,8 @@ def judge_families(table: pd.DataFrame, spread: float) -> tuple[str, str]:
     total = found.groupby("method")[["weight", "weighted"]].transform("sum")
     q = (found.weight * (found.change - total.weighted / total.weight) ** 2).groupby(found.method, sort=False)
     p = corrected(pd.Series(chi2.sf(q.sum(), q.size() - 1), index=q.size().index))
-    differ = list(p.index[p < LEVEL])
-    said = f"families differ for {', '.join(differ) or 'no method'} (smallest corrected p {p.min():.2g})"
-    if differ:
+    said = f"families differ for {', '.join(p.index[p < LEVEL]) or 'no method'} (smallest corrected p {p.min():.2g})"
+    if (p < LEVEL).any():
         return REPLICATED, said
     seen = Z95 * math.sqrt(2) * float(error.median())
     said += f"; a difference of {seen:.3f} would be seen, the published range is {spread:.3f}"
@@ -146,12 +116,7 @@ def judge_families(table: pd.DataFrame, spread: float) -> tuple[str, str]:
 
 
 def judge_breadth(labels: pd.DataFrame, share: float) -> tuple[str, str]:
-    """A claim that some methods add many exclusive latents. labels : ``crosscoder_labels.csv``. share : published.
-
-    replicated : in a majority of families every broad method has more aligned-only latents than every concentrated one
-    and, by two standard errors, than every null. not replicated : in a majority the upper 95 % bound (Clopper and
-    Pearson) of every broad method is below the published share. changed : some method exceeds its nulls, otherwise.
-    """
+    """A claim that some methods add many exclusive latents. labels : ``crosscoder_labels.csv``. share : published."""
     rows = labels.assign(live=live(labels))[labels.label == "aligned_only"].set_index("method")
     families, ordered, small, exceeding = rows.family.nunique(), 0, 0, 0
     for _, part in rows.groupby("family", sort=False):
@@ -161,12 +126,10 @@ def judge_breadth(labels: pd.DataFrame, share: float) -> tuple[str, str]:
         beyond = exceeds(part.share, null.share.max(), part.live)
         exceeding += beyond[part.index.isin(METHODS)].any()
         ordered += broad.share.min() > narrow.share.max() and beyond[broad.index].all()
-        upper = beta.ppf(0.975, broad["count"] + 1, (broad.live - broad["count"]).clip(lower=1e-9))
+        upper = beta.ppf(0.975, broad["count"] + 1, (broad.live - broad["count"]).clip(lower=1e-9))  # Clopper, Pearson
         small += (upper < share).all()
-    said = (
-        f"broad above concentrated and above the nulls in {ordered} of {families} families; "
-        f"any method above its nulls in {exceeding}; upper bounds below the published share {share:.3f} in {small}"
-    )
+    said = f"broad above concentrated and above the nulls in {ordered} of {families} families; any method above its "
+    said += f"nulls in {exceeding}; upper bounds below the published share {share:.3f} in {small}"
     verdict = by_majority(families, {REPLICATED: ordered, NOT_REPLICATED: small})
     return CHANGED if verdict == NOT_TESTABLE and families >= 2 and exceeding else verdict, said
 
@@ -179,10 +142,3 @@ def live(labels: pd.DataFrame) -> pd.Series:
 def exceeds(share, null, count):
     """Whether shares lie two standard errors (binomial, latents taken as independent) above that of a null."""
     return share - null > 2 * np.sqrt((share * (1 - share) + null * (1 - null)) / np.maximum(count, 1))
-
-
-def combine(verdicts: list[str]) -> str:
-    """One verdict over methods: theirs if they agree; changed if one is, or if some hold and others do not."""
-    if len(set(verdicts)) == 1:
-        return verdicts[0]
-    return CHANGED if CHANGED in verdicts or REPLICATED in verdicts else NOT_TESTABLE
