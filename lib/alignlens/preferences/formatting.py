@@ -98,7 +98,6 @@ class Formatter:
         self.pad_id = self._choose_pad()
 
     def _learn_template(self):
-        """What the template does, found by rendering one conversation."""
         template = self.tokenizer.get_chat_template()
         self._chat = FIXED_DATE * ("strftime_now" in template) + template
         question, answer = "Question1", "Answer1"
@@ -152,10 +151,9 @@ class Formatter:
         return opened + full[len(shown) : len(full) - len(self._after)] + self._end_text if same else ""
 
     def _tokenize(self, texts):
-        ids, options = [], {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        for start in range(0, len(texts), CHUNK):
-            ids += self.tokenizer(texts[start : start + CHUNK], **options)["input_ids"]
-        return [[self._integers[token] for token in row] for row in ids]
+        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        batches = (self.tokenizer(texts[i : i + CHUNK], **options)["input_ids"] for i in range(0, len(texts), CHUNK))
+        return [[self._integers[token] for token in row] for batch in batches for row in batch]
 
     def _encode(self, prompts, responses):
         """(prompt ids, response ids) of each conversation, or the Unusable that says why not."""

@@ -140,7 +140,6 @@ def _pair_completions(rows, report):
 
 
 def _select(pairs, limit, max_chars, report):
-    """Pairs without copies, long ones and those over the limit."""
     pairs = _drop(pairs, pairs.duplicated(["prompt_id", "chosen", "rejected"]), "duplicate", report)
     if max_chars is not None:
         longest = pairs[["prompt", "chosen", "rejected"]].map(len).max(axis=1)

@@ -99,8 +99,7 @@ def factor_columns(pairs: pd.DataFrame) -> pd.DataFrame:
 
 def _answers(rng, asked: pd.DataFrame, length_bias: float) -> pd.DataFrame:
     """Draw one answer for each row's town and attribute: its text and factors."""
-    n = len(asked)
-    facts, attributes = knowledge(), list(ATTRIBUTES)
+    n, facts = len(asked), knowledge()
     tone = rng.choice([-1, 0, 1], size=n, p=NATURAL["tone"])
     on_topic = (rng.random(n) < NATURAL["on_topic"]).astype(int)
     correct = (rng.random(n) < NATURAL["correct"]).astype(int)
@@ -112,18 +111,16 @@ def _answers(rng, asked: pd.DataFrame, length_bias: float) -> pd.DataFrame:
     texts = []
     for i, (town, attribute) in enumerate(zip(asked.town, asked.attribute, strict=True)):
         if not on_topic[i]:
-            attribute = rng.choice([a for a in attributes if a != attribute])
+            attribute = rng.choice([a for a in ATTRIBUTES if a != attribute])
         values, _, forms = ATTRIBUTES[attribute]
         value = facts[town, attribute]
         if not correct[i]:
             value = rng.choice([v for v in values if v != value])
         sentences = [rng.choice(forms).format(town=town, value=value)]
         sentences += rng.choice(FILLERS, size=fillers[i], replace=False).tolist()
-        opening = rng.choice(OPENINGS[tone[i]])
-        texts.append(" ".join(filter(None, [str(opening), *sentences])))
+        texts.append(" ".join(filter(None, [str(rng.choice(OPENINGS[tone[i]])), *sentences])))
     factors = {"tone": tone, "fillers": fillers, "on_topic": on_topic, "correct": correct}
-    table = pd.DataFrame({"response": texts} | factors)
-    return table.assign(utility=utility(table))
+    return pd.DataFrame({"response": texts, **factors}).assign(utility=utility)
 
 
 def pairs(
@@ -134,9 +131,9 @@ def pairs(
     length_bias : how strongly length follows the quality of the content; 0 none, +1 good answers are long, -1 short.
     Fillers themselves cost utility, so even at 0 the chosen answer is the shorter one more often.
     label_noise : share of rows whose labels are swapped.
-    Returns ``prompts * rejected`` rows: prompt, chosen (one a prompt), rejected, town, attribute and,
-    of both answers, the factors and the utility (``chosen_tone`` ... ``rejected_utility``). Raises PresetError for more
-    prompts than the 4,800 distinct ones or a parameter outside its range.
+    Returns ``prompts * rejected`` rows: prompt, chosen (one a prompt), rejected, town, attribute and, of both answers,
+    the factors and the utility (``chosen_tone`` ... ``rejected_utility``). Raises PresetError for more prompts than the
+    4,800 distinct ones or a parameter outside its range.
     """
     asked = questions()
     if not 0 < prompts <= len(asked):
@@ -149,10 +146,9 @@ def pairs(
     asked = asked.iloc[rng.permutation(len(asked))[:prompts]].reset_index(drop=True)
     rows = asked.loc[asked.index.repeat(rejected + 1)].reset_index(drop=True)
     answers = _answers(rng, rows, length_bias)
-    column = np.arange(rejected + 1)
     while True:  # a tie with the best has no preference to plant: draw that answer again
         values = answers.utility.to_numpy().reshape(prompts, rejected + 1)
-        is_best = column == values.argmax(1)[:, None]
+        is_best = np.arange(rejected + 1) == values.argmax(1)[:, None]
         tied = np.isclose(values, values.max(1, keepdims=True)) & ~is_best
         if not tied.any():
             break
@@ -192,8 +188,7 @@ def score(prompts, responses) -> pd.DataFrame:
         raise PresetError(f"tiny world: {unknown[0]!r} is no question of this world; score only its own prompts")
     asked = lookup.loc[list(prompts)]
     rows = [_read(*row) for row in zip(asked.town, asked.attribute, responses, strict=True)]
-    table = pd.DataFrame(rows, columns=[*FACTORS, "fluent"])
-    return table.assign(utility=utility(table))
+    return pd.DataFrame(rows, columns=[*FACTORS, "fluent"]).assign(utility=utility)
 
 
 def _read(town: str, attribute: str, response: str) -> tuple[int, int, int, int, int]:
