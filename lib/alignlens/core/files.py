@@ -26,10 +26,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(path: str | Path, *, merge: bool = False) -> Iterator[Path]:
-    """An empty folder beside ``path``: takes its place when the block ends well, is removed when it does not.
-
-    An empty folder at ``path`` gives way. If one with files is there, FileExistsError is raised and they stay as they
-    are; with ``merge`` the new files (none in folders) take their places among them one by one instead.
+    """An empty folder beside ``path``, as ``replacing``. One at ``path`` gives way if it is empty; if it holds files,
+    raises FileExistsError, or with ``merge`` puts the new files (none in folders) among them one by one.
     """
     path = Path(path)
     beside = _beside(path)
@@ -42,7 +40,10 @@ def replacing_folder(path: str | Path, *, merge: bool = False) -> Iterator[Path]
             for made in beside.iterdir():
                 os.replace(made, path / made.name)
         else:
-            _move(beside, path)
+            try:
+                os.replace(beside, path)
+            except OSError as error:
+                raise (FileExistsError(f"{path} is there already") if path.exists() else error) from None
         _sync(path.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -51,13 +52,6 @@ def replacing_folder(path: str | Path, *, merge: bool = False) -> Iterator[Path]
 def _beside(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(f"{MAKING}{uuid.uuid4().hex[:8]}-{path.name}")
-
-
-def _move(folder: Path, path: Path) -> None:
-    try:
-        os.replace(folder, path)
-    except OSError as error:
-        raise (FileExistsError(f"{path} is there already") if path.exists() else error) from None
 
 
 def _sync(path: Path) -> None:

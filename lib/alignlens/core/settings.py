@@ -1,10 +1,8 @@
 """Settings: one typed description of what a study is, its presets as TOML, and what a notebook's parameters mean.
 
 Every field of a preset can be overridden by name, from Python, from a notebook or from papermill, whose ``-p`` gives
-lists and mappings as text. Values are checked here once; nothing behind this door checks them again.
+lists and mappings as text. Values are checked here once, and nowhere behind this door.
 """
-
-from __future__ import annotations
 
 import difflib
 import json
@@ -22,8 +20,6 @@ METHODS = ("ppo", "dpo", "simpo", "orpo", "grpo", "kto")
 CONTROLS = ("sft", "shuffled")
 SPELLING = {"ppo": "PPO", "dpo": "DPO", "simpo": "SimPO", "orpo": "ORPO", "grpo": "GRPO", "kto": "KTO"}
 FOLDER = Path(__file__).parent / "presets"
-
-# --- Kinds of values --------------------------------------------------------------------------------------------------
 
 
 def _from_text(value):
@@ -67,7 +63,6 @@ Amount = Annotated[Positive, AfterValidator(lambda value: int(value) if value ==
 Yes = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(strict=True)]
 Texts = Annotated[dict[str, str], BeforeValidator(_from_text)]
-Layers = Annotated[tuple[Annotated[Whole, Field(ge=0)], ...], BeforeValidator(_listed), Field(min_length=1)]
 
 
 def several(kind) -> object:
@@ -77,17 +72,15 @@ def several(kind) -> object:
 
 def layers(word: str) -> object:
     """The type of a choice of layers: one word, or indices counted from 0."""
-    return Annotated[tuple | str, BeforeValidator(lambda value: value if value == word else _indices(value, word))]
 
+    def chosen(value):
+        found = _listed(value)
+        if value != word and not (found and all(str(v).isdigit() for v in found)):
+            raise ValueError(f"give {word!r} or whole numbers counted from 0, for example 0,1,2")
+        return value if value == word else tuple(sorted({int(v) for v in found}))
 
-def _indices(value, word: str) -> tuple[int, ...]:
-    found = _listed(value)
-    if not found or not all(str(v).isdigit() for v in found):
-        raise ValueError(f"give {word!r} or whole numbers counted from 0, for example 0,1,2")
-    return tuple(sorted({int(v) for v in found}))
+    return Annotated[tuple | str, BeforeValidator(chosen)]
 
-
-# --- Checked parameters -----------------------------------------------------------------------------------------------
 
 _WORDS = {
     "missing": "it must be given", "extra_forbidden": "it is unknown", "greater_than_equal": "it must be at least {ge}",
@@ -97,25 +90,19 @@ _WORDS = {
     "value_error": "{error}",
 }  # fmt: skip
 _KINDS = {
-    "int": "give a whole number",
-    "float": "give a number",
-    "bool": "give true or false",
-    "dict": "give a mapping",
+    "int": "give a whole number", "float": "give a number", "bool": "give true or false", "dict": "give a mapping",
     "string": "give text",
-}
+}  # fmt: skip
 
 
 class Parameters(BaseModel):
-    """A checked set of named values; what cannot be used raises ``ERROR``, which says what, where and what to do."""
+    """A checked set of named values; what cannot be used raises ``error``, which says what, where and what to do."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     @classmethod
     def read(cls, given: dict, *, error: type[Exception] = PresetError) -> Self:
-        """The parameters of that name; None leaves a field at its default.
-
-        Raises ``error`` for an unknown name (with the nearest one) or a value of the wrong type or range.
-        """
+        """The given parameters; None leaves a field at its default. An unknown name raises, with the nearest one."""
         refuse_unknown(given, [name for name in cls.model_fields if name != "name"], error)
         return cls.checked({k: v for k, v in given.items() if v is not None}, error=error)
 
@@ -153,46 +140,31 @@ def refuse_unknown(names, known, error: type[Exception]) -> None:
             raise error(f"parameter {name!r} is unknown; {hint}")
 
 
-# --- A study ----------------------------------------------------------------------------------------------------------
-
-
 class Preset(Parameters):
     """All parameters of a study.
 
-    What is compared
-        families : name -> base. A base is a hub id (``id@revision`` pins it), a local folder, or ``tiny:ARCHITECTURE``,
-            trained here.
-        methods, controls, seeds : the variants of each family.
-        variants : "auto" takes stored variants and trains what is missing; "load" never trains; "train" ignores what
-            is shipped and trains all.
-        checkpoints : ready variants, "family:method" (or "family", with ``{method}``) -> hub id or local folder.
-        recipe : "study" or "published" (see ``align.PUBLISHED``).
-    Pairs
-        pairs : "tinyworld", a file (.jsonl, .csv, .parquet) or a hub id.
-        prompts, length_bias, label_noise : of the tiny world. limit, max_chars, on_bad : of a file or hub data set.
-        reward_share, measure_share, split_seed : how prompts are split.
-        measured, sampled : pairs measured and prompts answered, at most.
-    Tiny bases
-        layers, d_model, vocab_size, pretrain_steps, pretrain_batch, pretrain_rate.
-    Alignment
-        steps, batch_size, micro_batch_size, max_length, response_tokens, lora_rank, learning_rates, stop, dose,
-        check_every, check_prompts; reward : "model" (trained on the reward split) or "truth" (tiny world);
-        reward_steps.
-    Measurement
-        position : last | mean. layers_measured : "all" or a list. read_batch, folds, bootstrap, permutations.
-    Dictionaries
-        dictionary_layers : "spread" (a quarter, half and three quarters of the depth) or a list; crosscoders read the
-            middle one. dictionary_width, dictionary_k, dictionary_epochs. dictionary_tokens : training tokens of a
-            model. published_pairs : prompts that the published crosscoder is trained on. calibration_regimes,
-            calibration_seeds, calibration_samples : of the planted truth, see ``calibration``.
-    Geometry and causes
-        null_draws : random LoRA directions behind the null of geometry. dose_shares : parts of the way from base to
-            variant that are measured besides the whole way. causal_pairs : pairs scored under each intervention.
-            random_directions : norm-matched random directions beside each named one, at least 20. steer_strengths : in
-            units of the stream's root-mean-square norm.
-    Where
-        store : folder of made artifacts. shipped : read-only store looked up first. figures : where pictures go.
-        device : "auto", "cpu" or "cuda". jobs : processes side by side, 0 for as many as pay. trust_remote_code.
+    Compared. families : name -> base, which is a hub id (``id@revision`` pins it), a local folder, or
+    ``tiny:ARCHITECTURE``, trained here. methods, controls, seeds : the variants of each family. variants : "auto" takes
+    stored ones and trains what is missing; "load" never trains; "train" ignores what is shipped and trains all.
+    checkpoints : ready variants, "family:method" (or "family", with ``{method}``) -> hub id or local folder. recipe :
+    "study" or "published" (see ``align.PUBLISHED``).
+    Pairs. pairs : "tinyworld", a file (.jsonl, .csv, .parquet) or a hub id. prompts, length_bias, label_noise : of the
+    tiny world. limit, max_chars, on_bad : of a file or hub data set. reward_share, measure_share, split_seed : how
+    prompts are split. measured, sampled : pairs measured and prompts answered, at most.
+    Tiny bases. layers, d_model, vocab_size, pretrain_steps, pretrain_batch, pretrain_rate.
+    Alignment. steps, batch_size, micro_batch_size, max_length, response_tokens, lora_rank, learning_rates, stop, dose,
+    check_every, check_prompts. reward : "model" (trained on the reward split for reward_steps) or "truth" (tiny world).
+    Measurement. position : last | mean. layers_measured : "all" or a list. read_batch, folds, bootstrap, permutations.
+    Dictionaries. dictionary_layers : "spread" (a quarter, half and three quarters of the depth) or a list; crosscoders
+    read the middle one. dictionary_width, dictionary_k, dictionary_epochs. dictionary_tokens : training tokens of a
+    model. published_pairs : prompts that the published crosscoder is trained on. calibration_regimes,
+    calibration_seeds, calibration_samples : of the planted truth, see ``calibration``.
+    Geometry and causes. null_draws : random LoRA directions behind the null of geometry. dose_shares : parts of the way
+    from base to variant that are measured besides the whole way. causal_pairs : pairs scored under each intervention.
+    random_directions : norm-matched random directions beside each named one, at least 20. steer_strengths : in units of
+    the stream's root-mean-square norm.
+    Where. store : folder of made artifacts. shipped : read-only store looked up first. figures : where pictures go.
+    device : "auto", "cpu" or "cuda". jobs : processes side by side, 0 for as many as pay. trust_remote_code.
     """
 
     name: str
@@ -203,7 +175,6 @@ class Preset(Parameters):
     variants: Literal["auto", "load", "train"]
     checkpoints: Texts
     recipe: Literal["study", "published"]
-
     pairs: Text
     prompts: Count
     length_bias: Real
@@ -216,14 +187,12 @@ class Preset(Parameters):
     split_seed: Seed
     measured: Count
     sampled: Count
-
     layers: Count
     d_model: Annotated[Count, Field(multiple_of=8)]
     vocab_size: Annotated[Whole, Field(ge=300)]
     pretrain_steps: Count
     pretrain_batch: Count
     pretrain_rate: Positive
-
     steps: Count
     batch_size: Count
     micro_batch_size: Count | None = None
@@ -237,14 +206,12 @@ class Preset(Parameters):
     check_prompts: Count
     reward: Literal["model", "truth"]
     reward_steps: Count
-
     position: Literal["last", "mean"]
     layers_measured: layers("all")
     read_batch: Count
     folds: Annotated[Whole, Field(ge=3)]  # one to score, one to choose the penalty, one to fit
     bootstrap: Count
     permutations: Count
-
     dictionary_layers: layers("spread")
     dictionary_width: Count
     dictionary_k: Amount
@@ -254,13 +221,11 @@ class Preset(Parameters):
     calibration_regimes: several(Literal["easy", "hard"])
     calibration_seeds: Count
     calibration_samples: Count
-
     null_draws: Count
     dose_shares: several(Share)
     causal_pairs: Count
     random_directions: Annotated[Whole, Field(ge=20)]  # the rank p of fewer cannot fall below 0.05
     steer_strengths: Annotated[several(Real), Field(min_length=1)]
-
     store: Text
     shipped: Text = ""
     figures: Text
@@ -271,9 +236,8 @@ class Preset(Parameters):
     @model_validator(mode="after")
     def _fields_fit_each_other(self) -> Self:
         if self.reward_share + self.measure_share >= 1:
-            raise ValueError(
-                f"reward_share {self.reward_share} and measure_share {self.measure_share} leave no share for training"
-            )
+            both = f"reward_share {self.reward_share} and measure_share {self.measure_share}"
+            raise ValueError(f"{both} leave no share for training")
         if 0 in self.steer_strengths:
             raise ValueError(f"steer_strengths is {self.steer_strengths}: none may be 0")
         if self.reward == "truth" and self.pairs != "tinyworld":
@@ -304,10 +268,7 @@ PRESETS = MappingProxyType(
 def resolve(preset: str = "tiny", **overrides) -> Preset:
     """The preset of that name with some fields replaced; None leaves a field as it is.
 
-    Raises
-    ------
-    PresetError
-        for an unknown preset or field (with the nearest name), or a value of the wrong type or outside its range.
+    Raises PresetError for an unknown preset or field (with the nearest name), or a value of the wrong type or range.
     """
     if not isinstance(preset, str) or preset not in PRESETS:
         raise PresetError(f"preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
@@ -323,8 +284,7 @@ def resolve(preset: str = "tiny", **overrides) -> Preset:
 def from_notebook(names: dict) -> Preset:
     """The preset of a notebook from its global names: every plain value must be a parameter.
 
-    Call it before anything else is assigned: papermill puts parameters it does not know into the notebook with a
-    warning only, and a mistyped one would silently do nothing.
+    Call it before anything else is assigned: of a mistyped parameter papermill only warns, and it would do nothing.
     """
     given = plain_values(names)
     given.pop("name", None)
@@ -334,10 +294,8 @@ def from_notebook(names: dict) -> Preset:
 def home() -> Path:
     """The project's folder, for relative paths: the working directory's nearest parent that holds ``notebooks/``."""
     here = Path.cwd()
-    for folder in (here, *here.parents):
-        if (folder / "notebooks").is_dir() and (folder / "lib" / "alignlens").is_dir():
-            return folder
-    return here
+    parents = (here, *here.parents)
+    return next((p for p in parents if (p / "notebooks").is_dir() and (p / "lib/alignlens").is_dir()), here)
 
 
 def place(path: str) -> str:

@@ -1,10 +1,8 @@
 """Artifacts on disk: content-addressed, verified, written beside their place and renamed into it.
 
-    <root>/<stage>/<label>-<key>/     the files and manifest.json
-    <root>/damaged/<stage>/           artifacts whose bytes no longer match their manifest
-    <root>/.locks/                    one lock per key, held while the artifact is made
-
-The key hashes what an artifact depends on (stage, inputs, parameters, stage version); the label is for readers only.
+``<root>/<stage>/<label>-<key>/`` holds the files and manifest.json; the key hashes what they depend on (stage, inputs,
+parameters, stage version), the label is for readers only. ``<root>/damaged/<stage>/`` holds what no longer matches its
+manifest, ``<root>/.locks/`` one lock per key, held while the artifact is made.
 """
 
 import contextlib
@@ -35,15 +33,11 @@ from alignlens.core.files import MAKING, replacing_folder
 MANIFEST = "manifest.json"
 KEY_LENGTH = 16
 LIBRARIES = ("torch", "transformers", "trl", "peft", "transformer-lens", "numpy", "scikit-learn")
-
 _verified: dict[Path, list] = {}  # folder -> sizes and times of its files when they last matched the manifest
 
 
 class DamagedArtifact(UserWarning):
     """A stored artifact no longer matches its manifest; the message names the file."""
-
-
-# Hashing -------------------------------------------------------------------------------------------------------------
 
 
 def _plain(value, where: str, nonfinite_to_null: bool = False):
@@ -123,9 +117,6 @@ def _content(value):
     return ["value", value if isinstance(value, str) else _plain(value, "value")]
 
 
-# Files ---------------------------------------------------------------------------------------------------------------
-
-
 def write_json(path: Path, value) -> None:
     """Strict JSON, keys in the order given; NaN and infinities become null."""
     text = json.dumps(_plain(value, Path(path).name, nonfinite_to_null=True), indent=1, ensure_ascii=False)
@@ -173,9 +164,6 @@ class Artifact:
         return load_file(self.file(name))
 
 
-# Manifests -----------------------------------------------------------------------------------------------------------
-
-
 @functools.cache
 def versions() -> dict[str, str]:
     """Versions of this library and of those that results depend on."""
@@ -185,14 +173,12 @@ def versions() -> dict[str, str]:
 @functools.cache
 def git_commit() -> str | None:
     """Commit of the checkout this file is tracked in (with -dirty if edited), None for an installed copy."""
-
-    def git(*words: str) -> str:
-        return subprocess.check_output(["git", *words], cwd=here.parent, stderr=subprocess.DEVNULL, text=True).strip()
-
     here = Path(__file__)
+    options = {"cwd": here.parent, "stderr": subprocess.DEVNULL, "text": True}
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        git("ls-files", "--error-unmatch", here.name)
-        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+        subprocess.check_output(["git", "ls-files", "--error-unmatch", here.name], **options)
+        described = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.check_output(described, **options).strip()
 
 
 def _load(folder: Path) -> Artifact:
@@ -225,25 +211,18 @@ def _fill(folder: Path, make: Callable[[Path], dict | None], identity: dict) -> 
     if bad := [file for file, path in files.items() if path.is_symlink() or file == MANIFEST]:
         raise StoreError(f"make of {name} wrote {bad[0]}: links and {MANIFEST} are not allowed")
     manifest = identity | {
-        "seed": identity["parameters"].get("seed"),
-        "versions": versions(),
-        "git_commit": git_commit(),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "wall_seconds": round(seconds, 3),
+        "seed": identity["parameters"].get("seed"), "versions": versions(), "git_commit": git_commit(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"), "wall_seconds": round(seconds, 3),
         "files": {file: {"sha256": _digest_file(p), "bytes": p.stat().st_size} for file, p in files.items()},
         "extra": dict(extra or {}),
-    }
+    }  # fmt: skip
     manifest = _plain(manifest, name, nonfinite_to_null=True)
     write_json(folder / MANIFEST, manifest | {"seal": _digest(manifest)})
 
 
-# The store -----------------------------------------------------------------------------------------------------------
-
-
 class Store:
-    """A folder of artifacts.
+    """A folder of artifacts; ``shipped`` is a read-only store folder that is looked up first.
 
-    root: local folder. shipped: read-only store folder that is looked up first.
     Raises StoreError for a URL, or if the shipped folder does not exist.
     """
 
@@ -264,7 +243,7 @@ class Store:
     def key(stage: str, *, inputs: dict[str, str], parameters: dict, version: int | str) -> str:
         """Identity of an artifact: 16 hex characters of the sha256 of its canonical JSON.
 
-        inputs: name → key or content_hash of what it is made from. parameters: JSON types, dataclasses, numpy values.
+        inputs: name -> key or content_hash of what it is made from. parameters: JSON types, dataclasses, numpy values.
         version: raised by hand when the stage's results change. Order of names does not matter, tuples equal lists,
         1, 1.0 and True differ. Raises StoreError for paths, non-finite numbers and other types.
         """
@@ -276,20 +255,16 @@ class Store:
         return _digest(_plain(identity, stage))[:KEY_LENGTH]
 
     def find(self, stage: str, **identity) -> Artifact | None:
-        """The artifact if it is stored and intact, else None; a damaged one is reported. Makes nothing.
-
-        identity: inputs, parameters and version, as for ``key``.
-        """
+        """The artifact if it is stored and intact, else None; a damaged one is reported. identity: as for ``key``."""
         return self._lookup(stage, self.key(stage, **identity))
 
     def get(self, stage: str, label: str, make: Callable[[Path], dict | None], **identity) -> Artifact:
-        """The stored artifact, or the one that `make` writes.
+        """The stored artifact, or the one that ``make`` writes.
 
-        identity: inputs, parameters and version, as for ``key``. label: names the folder, for readers.
-        make(folder) writes its files into an empty folder and may return a dict of small facts (kept as `extra`).
-        If it raises, nothing is left behind. Processes that ask for the same key wait for the first one. A damaged
-        artifact is reported, set aside under `damaged/` (shipped ones stay) and made again.
-        Raises StoreError for inputs that cannot be hashed or files that cannot be stored.
+        identity: inputs, parameters and version, as for ``key``. make(folder) writes its files into an empty folder and
+        may return a dict of small facts (kept as ``extra``); if it raises, nothing is left behind. Processes that ask
+        for the same key wait for the first one. A damaged artifact is reported, set aside under ``damaged/`` (shipped
+        ones stay) and made again. Raises StoreError for inputs that cannot be hashed or files that cannot be stored.
         """
         key = self.key(stage, **identity)
         if found := self._lookup(stage, key):
@@ -302,11 +277,13 @@ class Store:
                 aside.parent.mkdir(parents=True, exist_ok=True)
                 damaged.rename(aside)
                 self._reported.discard(damaged)
-            label = _slug(label)
-            place = self.root / stage / f"{label}-{key}"
+            slug = re.sub(r"[^A-Za-z0-9._]+", "-", label).strip("-.")[:80]
+            if not slug:
+                raise StoreError(f"label {label!r} has no letter or digit to name a folder with")
+            place = self.root / stage / f"{slug}-{key}"
             try:
                 with replacing_folder(place) as folder:
-                    _fill(folder, make, {"stage": stage, "label": label, "key": key, **identity})
+                    _fill(folder, make, {"stage": stage, "label": slug, "key": key, **identity})
             except FileExistsError:
                 if not (place / MANIFEST).is_file():  # otherwise somebody without our lock was first: as good as ours
                     raise
@@ -329,18 +306,8 @@ class Store:
         return FileLock(self.root / ".locks" / f"{key}.lock", **options)
 
 
-def _slug(label: str) -> str:
-    slug = re.sub(r"[^A-Za-z0-9._]+", "-", label).strip("-.")[:80]
-    if not slug:
-        raise StoreError(f"label {label!r} has no letter or digit to name a folder with")
-    return slug
-
-
 def ship(artifact: Artifact, destination: str | Path) -> Artifact:
-    """Copy an artifact, manifest unchanged, into another local store folder; an intact copy there is kept.
-
-    Raises StoreError if the artifact is damaged.
-    """
+    """Copy an undamaged artifact, manifest unchanged, into another store folder; an intact copy there is kept."""
     _load(artifact.path)
     place = Path(destination).absolute() / artifact.manifest["stage"] / artifact.path.name
     with contextlib.suppress(StoreError):

@@ -1,10 +1,4 @@
-"""The house style of figures: one colour a method and a fate of the signal everywhere, the base in grey, one ``save``.
-
-Notebooks draw with seaborn on tidy tables; what stands here is what all of them share. ``save`` writes picture, vector
-picture and table, stamped with preset and run id.
-"""
-
-from __future__ import annotations
+"""The house style of figures, which notebooks draw with seaborn: one colour a method everywhere, one ``save``."""
 
 import re
 from io import BytesIO
@@ -26,9 +20,8 @@ METHODS = {
     "random": "#777777",
 }  # fmt: skip
 MARKERS = dict(zip(METHODS, "oPsD^vXp*h<>", strict=True))
-DASHES = dict.fromkeys(METHODS, "") | {"sft": (4, 2), "shuffled": (1, 1.5)} | dict.fromkeys(
-    ("self", "seeds", "random"), (4, 1.5, 1, 1.5)
-)  # fmt: skip
+DASHES = dict.fromkeys(METHODS, "") | {"sft": (4, 2), "shuffled": (1, 1.5)}
+DASHES |= dict.fromkeys(("self", "seeds", "random"), (4, 1.5, 1, 1.5))
 NAMES = SPELLING | {
     "base": "base", "sft": "SFT (control)", "shuffled": "shuffled (control)", "self": "base with itself (null)",
     "seeds": "two seeds (null)", "random": "random direction (null)",
@@ -51,14 +44,12 @@ INDENTS = re.compile(r"\n +")
 
 def use() -> None:
     """Set the house style; call it once a notebook."""
-    sns.set_theme(context="notebook", style="whitegrid", font_scale=0.85)
-    mpl.rcParams.update(
-        {
-            "figure.dpi": 80, "savefig.dpi": 130, "savefig.bbox": "tight", "svg.hashsalt": "alignlens",
-            "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.4,
-            "legend.frameon": False,
-        }
-    )  # fmt: skip
+    settings = {
+        "figure.dpi": 80, "savefig.dpi": 130, "savefig.bbox": "tight", "svg.hashsalt": "alignlens",
+        "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.4,
+        "legend.frameon": False,
+    }  # fmt: skip
+    sns.set_theme(context="notebook", style="whitegrid", font_scale=0.85, rc=settings)
 
 
 def order(methods) -> list[str]:
@@ -73,16 +64,16 @@ def lines(table: pd.DataFrame, y: str, *, x="layer", hue="method", col="family",
     """
     shown = order(table[hue]) if hue == "method" else list(dict.fromkeys(table[hue]))
     looks = {"palette": METHODS, "markers": MARKERS, "dashes": DASHES} if hue == "method" else {"markers": True}
-    looks |= {"height": 3, "aspect": 1.2, "errorbar": None, "legend": "full"} | options
-    orders = {"hue_order": shown, "style_order": shown}
-    grid = sns.relplot(table, x=x, y=y, col=col, kind="line", hue=hue, style=hue, **orders | looks)
+    looks |= {"height": 3, "aspect": 1.2, "errorbar": None, "legend": "full", "hue_order": shown, "style_order": shown}
+    looks |= options
+    grid = sns.relplot(table, x=x, y=y, col=col, kind="line", hue=hue, style=hue, **looks)
     grid.set_titles(col_template="{col_name}", row_template="{row_name}")
-    colors = looks["palette"]
 
     def draw(data, color, **_):
         for name in (n for n in shown if n in band):
             rows = data[data[hue] == name].sort_values(x)
-            plt.fill_between(rows[x], rows[f"{y}_low"], rows[f"{y}_high"], color=colors[name], alpha=0.15, lw=0)
+            low, high, color = rows[f"{y}_low"], rows[f"{y}_high"], looks["palette"][name]
+            plt.fill_between(rows[x], low, high, color=color, alpha=0.15, lw=0)
 
     if band:
         grid.map_dataframe(draw)
@@ -93,9 +84,8 @@ def lines(table: pd.DataFrame, y: str, *, x="layer", hue="method", col="family",
 
 
 def intervals(table: pd.DataFrame, y: str, *, low=None, high=None, x="method", col="family", **options):
-    """``seaborn.FacetGrid`` of one point with its 95 % interval (columns ``y_low``, ``y_high``) a method.
-
-    Rows of a panel that share their ``x`` (families, say) stand side by side.
+    """``seaborn.FacetGrid`` of a point and its 95 % interval (columns ``y_low``, ``y_high``) a method; rows of a panel
+    that share their ``x`` (families, say) stand side by side.
     """
     low, high, shown = low or f"{y}_low", high or f"{y}_high", order(table[x]) or list(dict.fromkeys(table[x]))
     grid = sns.FacetGrid(table, col=col, **{"height": 3, "aspect": 1.1} | options)
@@ -155,11 +145,10 @@ def save_table(table: pd.DataFrame, name: str, study) -> None:
 
 def shrink(png: bytes) -> bytes:
     """A picture of few colours needs no more than 256: a third of the size, to the eye the same."""
-    small = BytesIO()
-    with Image.open(BytesIO(png)) as picture:
+    with Image.open(BytesIO(png)) as picture, BytesIO() as small:
         few = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    few.save(small, format="PNG", optimize=True)
-    return small.getvalue()
+        few.save(small, format="PNG", optimize=True)
+        return small.getvalue()
 
 
 def _folder(study) -> Path:

@@ -1,8 +1,8 @@
 """Preference pairs: load them, check them, split them by prompt, and format them for a model.
 
-A prompt is always one string, so tables stay plain in any file format. A single user turn is that turn's text. Any
-other prompt (several turns, a system turn) is written turn by turn as ``\\x1e`` role ``\\x1f`` content, without loss:
-``join_turns`` writes it and ``turns`` reads it back. Responses are the text of one assistant turn.
+A prompt is one string, so tables stay plain in any file format: the text of a single user turn, or else (several turns,
+a system turn) each turn as ``\\x1e`` role ``\\x1f`` content, which ``join_turns`` writes and ``turns`` reads back.
+Responses are the text of one assistant turn.
 """
 
 from alignlens.preferences.formatting import Encoded, Formatter, collate

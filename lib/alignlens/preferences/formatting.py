@@ -1,7 +1,7 @@
-"""The one text format of a model: pairs as token ids.
+"""The one text format of a model, for every method and every instrument: pairs as token ids.
 
-Every method and every instrument formats text with the ``Formatter`` here: where each method has its own chat format
-(arXiv 2606.09850, training scripts), differences between methods are partly differences between formats.
+Where each method has its own chat format (arXiv 2606.09850, training scripts), differences between methods are partly
+differences between formats.
 """
 
 import json
@@ -30,14 +30,11 @@ CHUNK = 2048  # texts tokenised at once: bounds the memory of the tokenizer's of
 
 @dataclass
 class Encoded:
-    """Token ids of formatted pairs; the three lists run over the kept rows.
+    """Token ids of formatted pairs. Whatever takes pairs takes an ``Encoded`` as well, so they are formatted once.
 
-    prompt_ids, chosen_ids, rejected_ids : lists of lists of token ids; each response ends with one end-of-turn token
-    kept : bool [input rows]
-    report : counts of what was dropped and why, and token lengths over all rows that could be formatted
-    prompts, prompt_id : text of each prompt, and its id, an array of str
-
-    Whatever takes pairs takes an ``Encoded`` as well, so that pairs are formatted once.
+    prompt_ids, chosen_ids, rejected_ids : of the kept rows, lists of token ids; each response ends with one end-of-turn
+    token. kept : bool [input rows]. report : counts of what was dropped and why, and token lengths over all rows that
+    could be formatted. prompts, prompt_id : text of each kept row's prompt, and its id, an array of str.
     """
 
     prompt_ids: list
@@ -71,23 +68,13 @@ class Formatter:
     prompt ids + response ids are the tokens of the rendered conversation up to and including the end-of-turn token, and
     the prompt ids are what generation starts from. Thinking is switched off; an empty thinking block belongs to the
     prompt. Templates that print today's date get a fixed one. Nothing is ever cut.
-
-    Parameters
-    ----------
-    tokenizer : a transformers tokenizer.
     max_length : most tokens of prompt and response together; None for no limit.
     template : "chat" uses the tokenizer's chat template; "plain" writes each turn and a blank line (BOS first if the
-        tokenizer itself adds it, end of sequence last); "auto" is chat where there is a template.
-
-    Attributes
-    ----------
+    tokenizer itself adds it, end of sequence last); "auto" is chat where there is a template.
     end_id : the end-of-turn token, found by rendering an assistant turn; the end of sequence if the template has none.
     pad_id : the tokenizer's padding token unless it is ``end_id``; else a special token named for padding, the unknown
-        token, or another special token that no format uses. Only a tokenizer without any of these pads with ``end_id``.
-
-    Raises
-    ------
-    PreferenceError for a template that cannot be used, a text holding special tokens, or one over ``max_length``.
+    token, or another special token that no format uses. Only a tokenizer without any of these pads with ``end_id``.
+    Raises PreferenceError for an unusable template, a text holding special tokens, or one over ``max_length``.
     """
 
     def __init__(self, tokenizer, *, max_length=None, template="auto"):
@@ -99,8 +86,7 @@ class Formatter:
         marked = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
         self._specials = sorted({*marked, *tokenizer.all_special_tokens} - {""}, key=lambda text: (-len(text), text))
         self._special = re.compile("|".join(map(re.escape, self._specials)) or r"(?!)")
-        # shared objects: a token in a list costs 8 bytes, not 36
-        self._integers = list(range(max(tokenizer.get_vocab().values()) + 1))
+        self._integers = list(range(max(tokenizer.get_vocab().values()) + 1))  # shared: 8 bytes a token, not 36
         self._bos, self._chat, self._lead, self._unrendered, self._end_text = [], "", "", "", ""
         self.end_id, self._end_ids = tokenizer.eos_token_id, [tokenizer.eos_token_id]
         if self.template == "chat":
@@ -110,8 +96,6 @@ class Formatter:
         if self.end_id is None:
             raise PreferenceError("the tokenizer has no end-of-sequence token: set tokenizer.eos_token.")
         self.pad_id = self._choose_pad()
-
-    # What the template does, found by rendering one conversation
 
     def _learn_template(self):
         template = self.tokenizer.get_chat_template()
@@ -144,8 +128,6 @@ class Formatter:
         spare = [*map(ids, named), tokenizer.unk_token_id, *sorted(map(ids, self._specials))]
         return next((token for token in spare if token not in used), self.end_id)
 
-    # Text
-
     def _render(self, messages, generation):
         options = {"enable_thinking": False, "chat_template": self._chat, "tokenize": False}
         try:
@@ -168,13 +150,10 @@ class Formatter:
         same = full.startswith(shown) and full.endswith(self._after)
         return opened + full[len(shown) : len(full) - len(self._after)] + self._end_text if same else ""
 
-    # Token ids
-
     def _tokenize(self, texts):
-        ids, options = [], {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        for start in range(0, len(texts), CHUNK):
-            ids += self.tokenizer(texts[start : start + CHUNK], **options)["input_ids"]
-        return [[self._integers[token] for token in row] for row in ids]
+        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        batches = (self.tokenizer(texts[i : i + CHUNK], **options)["input_ids"] for i in range(0, len(texts), CHUNK))
+        return [[self._integers[token] for token in row] for batch in batches for row in batch]
 
     def _encode(self, prompts, responses):
         """(prompt ids, response ids) of each conversation, or the Unusable that says why not."""
@@ -187,8 +166,7 @@ class Formatter:
     def _cut(self, prompt, response, head, whole):
         if found := self._special.search(f"{prompt}\n{response}"):
             return Unusable("special_token", f"the text holds the special token {found.group()!r}")
-        # a plain prompt and its response are tokenised apart, by definition
-        size = len(head) if self.template == "chat" else 0
+        size = len(head) if self.template == "chat" else 0  # plain: prompt and response are tokenised apart
         if whole[:size] != head[:size]:
             end = self.tokenizer.decode(head[-3:])
             return Unusable("boundary", f"the prompt's end {end!r} is tokenised differently once a response follows")
@@ -217,11 +195,10 @@ class Formatter:
         return _usable(self._overlong(*found) or found)
 
     def encode_pairs(self, pairs):
-        """Token ids of many pairs at once.
+        """``Encoded`` of many pairs (prompt, chosen, rejected; what is one already, as it is).
 
-        pairs : DataFrame with prompt, chosen, rejected. Left out and counted are pairs of which either side is over
-        ``max_length``, those with special tokens in a text, and those whose prompt and response would merge into one
-        token. Returns ``Encoded`` (what is one already, as it is); PreferenceError if none is left.
+        Left out and counted are pairs of which either side is over ``max_length``, those with special tokens in a text,
+        and those whose prompt and response would merge into one token. Raises PreferenceError if none is left.
         """
         if isinstance(pairs, Encoded):
             return pairs
@@ -230,7 +207,7 @@ class Formatter:
         both = self._encode(prompts * 2, chosen + rejected)
         sides = list(zip(both[: len(pairs)], both[len(pairs) :], strict=True))
         problems = [next((side for side in row if isinstance(side, Unusable)), None) for row in sides]
-        # (prompt, chosen, rejected) ids of the rows that could be formatted; of the others nothing
+        # prompt, chosen and rejected ids of the rows that could be formatted
         rows = [None if bad else (*row[0], row[1][1]) for row, bad in zip(sides, problems, strict=True)]
         lengths = [len(row[0]) + max(map(len, row[1:])) for row in rows if row]
         problems = [bad or self._overlong(*row) for row, bad in zip(rows, problems, strict=True)]
@@ -268,12 +245,11 @@ class Formatter:
     def fingerprint(self):
         """16 hex digits of vocabulary, merges, template and settings: equal only if every text formats alike."""
         settings = [self.template, None, self.max_length, self.end_id, self.pad_id]  # None: no system turn is added
-        content = {"settings": settings, "template": self._chat or None}
-        content["vocabulary"] = sorted(self.tokenizer.get_vocab().items())
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
+        content = {"settings": settings, "template": self._chat or None, "vocabulary": vocabulary}
         if backend := getattr(self.tokenizer, "backend_tokenizer", None):
-            # truncation and padding are left over from the last call; they do not change our ids
-            state = json.loads(backend.to_str()).items()
-            content["backend"] = {key: value for key, value in state if key not in ("truncation", "padding")}
+            past = ("truncation", "padding")  # left over from the last call; they do not change our ids
+            content["backend"] = {k: v for k, v in json.loads(backend.to_str()).items() if k not in past}
         return digest(json.dumps(content, sort_keys=True))
 
 

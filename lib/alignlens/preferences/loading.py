@@ -12,9 +12,6 @@ from alignlens.preferences.prompts import prompt_id, require_count
 from alignlens.preferences.rows import COMPLETIONS, PAIRS, SHAPES, BadRow, read_row
 
 COLUMNS = ["prompt", "chosen", "rejected", "prompt_id"]
-ROWS_SHOWN = 5
-
-# Reading a source: a reader gives a table, or rows as (place, row or BadRow) ----------------------------------------
 
 
 def _read_json(path):
@@ -34,8 +31,7 @@ def _read_line(line):
 
 
 def _read_csv(path):
-    # answers such as "NA" or "12" are text, not missing values or numbers
-    text = dict.fromkeys(("prompt", "chosen", "rejected", "completion"), str)
+    text = dict.fromkeys((*PAIRS, "completion"), str)  # "NA" or "12" are text, not a missing value or a number
     return pd.read_csv(path, dtype=text, keep_default_na=False)
 
 
@@ -69,35 +65,21 @@ def _read_source(source, split):
     return name, found if isinstance(found, list) else _places(found.to_dict("records"))
 
 
-# From rows to pairs --------------------------------------------------------------------------------------------------
-
-
 def load_pairs(source, *, limit=None, max_chars=None, split="train", on_bad="refuse"):
     """Preference pairs from a file, a hub data set or a table, checked row by row.
 
-    Parameters
-    ----------
     source : path of a .jsonl, .json, .csv or .parquet file; a hub data set id (``org/name`` or ``org/name@revision``)
-        or a local data set folder; or a DataFrame. Columns: ``prompt, chosen, rejected`` or ``prompt, completion,
-        label``. Texts are strings or message lists. Prompt turns repeated in ``chosen`` and ``rejected`` are taken off,
-        and stand in for a missing prompt. A list of rejected answers makes one pair each. Labelled completions (KTO)
-        are paired within their prompt, desirable with undesirable in the order of a content hash, each used at most
-        once; their extra columns come twice, ``*_chosen`` and ``*_rejected``.
-    limit : at most this many pairs, as whole prompts in the order of ``prompt_id`` (a hash, so not the first rows);
-        a smaller limit gives a subset of a larger one.
-    max_chars : pairs with a longer prompt (all its turns), chosen or rejected are dropped.
-    split : the data set's split; files and tables have none.
+    or a local data set folder; or a DataFrame. Columns: ``prompt, chosen, rejected`` or ``prompt, completion, label``.
+    Texts are strings or message lists. Prompt turns repeated in ``chosen`` and ``rejected`` are taken off, and stand in
+    for a missing prompt. A list of rejected answers makes one pair each. Labelled completions (KTO) are paired within
+    their prompt, desirable with undesirable in the order of a content hash, each used at most once; their extra columns
+    come twice, ``*_chosen`` and ``*_rejected``.
+    limit : at most this many pairs, as whole prompts in the order of ``prompt_id`` (a hash), so that a smaller limit
+    gives a subset. max_chars : pairs with a longer prompt (all its turns) or answer are dropped. split : of a data set.
     on_bad : "refuse" raises on unusable rows, "drop" leaves them out and counts them.
-
-    Returns
-    -------
-    DataFrame ``prompt, chosen, rejected, prompt_id``, then the extra columns, in file order. ``attrs["report"]`` counts
+    Returns ``prompt, chosen, rejected, prompt_id``, then the extra columns, in file order. ``attrs["report"]`` counts
     what was dropped and why (see ``describe_report``). Exact duplicates are dropped; contradictory pairs (the same two
-    answers, chosen and rejected swapped) are kept and counted.
-
-    Raises
-    ------
-    PreferenceError naming source, row (line of a .jsonl) and field.
+    answers, swapped) are kept and counted. Raises PreferenceError naming source, row (line of a .jsonl) and field.
     """
     require_count(limit, "limit")
     require_count(max_chars, "max_chars")
@@ -118,12 +100,11 @@ def load_pairs(source, *, limit=None, max_chars=None, split="train", on_bad="ref
         except BadRow as bad:
             problems.append((place, bad))
     if problems and on_bad == "refuse":
-        shown = "; ".join(f"{place}, {bad}" for place, bad in problems[:ROWS_SHOWN])
+        shown = "; ".join(f"{place}, {bad}" for place, bad in problems[:5])
         advice = "Mend them, or pass on_bad='drop' to leave them out and count them."
         raise PreferenceError(f"{name}: {len(problems)} of {len(rows)} rows cannot be used. {shown}. {advice}")
     report = {"source": name, "rows": len(rows)}
     report |= {f"bad_{kind}": count for kind, count in sorted(Counter(bad.kind for _, bad in problems).items())}
-
     pairs = pd.DataFrame(records, columns=[*fields, *extra])
     pairs["prompt_id"] = pairs["prompt"].map({text: prompt_id(text) for text in pairs["prompt"].unique()})
     if fields == COMPLETIONS:
@@ -159,7 +140,6 @@ def _pair_completions(rows, report):
 
 
 def _select(pairs, limit, max_chars, report):
-    """Pairs without copies, long ones and those over the limit."""
     pairs = _drop(pairs, pairs.duplicated(["prompt_id", "chosen", "rejected"]), "duplicate", report)
     if max_chars is not None:
         longest = pairs[["prompt", "chosen", "rejected"]].map(len).max(axis=1)
@@ -172,8 +152,6 @@ def _select(pairs, limit, max_chars, report):
     report["pairs"], report["prompts"] = len(pairs), int(pairs["prompt_id"].nunique())
     return pairs
 
-
-# The report ----------------------------------------------------------------------------------------------------------
 
 REPORT_WORDS = {
     "rows": "rows read", "bad_missing": "rows dropped: a field is missing",
@@ -195,7 +173,6 @@ def _counts(report):
 
 def describe_report(pairs):
     """The loading report of ``load_pairs`` as lines of text, one count a line, zeros left out."""
-    report = pairs.attrs.get("report")
-    if report is None:
+    if (report := pairs.attrs.get("report")) is None:
         raise PreferenceError("this table has no loading report: load it with load_pairs.")
     return "\n".join([report["source"], *(f"{count:>8,}  {words}" for words, count in _counts(report))])

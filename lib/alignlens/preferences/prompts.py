@@ -55,17 +55,16 @@ def require_count(value, name):
 def check_folds(pairs, folds):
     """Raise PreferenceError when ``pairs`` holds fewer prompts than ``folds``."""
     require_columns(pairs, "prompt_id")
-    prompts = pairs["prompt_id"].nunique()
-    if prompts < folds:
+    if (prompts := pairs["prompt_id"].nunique()) < folds:
         raise PreferenceError(f"{prompts} prompts cannot fill {folds} folds, since none is cut: load more.")
 
 
 def split_by_prompt(pairs, *, reward=0.2, measure=0.3, seed=0):
-    """Assign whole prompts to the splits train, reward and measure.
+    """A copy with the column ``split``: whole prompts assigned to train, reward and measure.
 
-    A prompt's place depends on the hash of (seed, prompt_id) alone, so it stays when rows are added or removed, and
-    shares are met up to chance (about 1 percentage point at 2 000 prompts). ``measure`` is never trained on, neither by
-    a method nor by the reward model. Returns a copy with the column ``split``; PreferenceError for an empty split.
+    A prompt's place depends on the hash of (seed, prompt_id) alone, so it stays when rows come and go, and shares are
+    met up to chance (about 1 percentage point at 2 000 prompts). No method and no reward model trains on ``measure``.
+    Raises PreferenceError for an empty split.
     """
     if min(reward, measure) < 0 or reward + measure >= 1:
         raise PreferenceError(f"reward={reward}, measure={measure}: shares are at least 0 and add up to less than 1.")

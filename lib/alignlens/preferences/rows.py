@@ -23,20 +23,15 @@ def _missing(value):
     return value is None or value is pd.NA or value != value  # NaN
 
 
-# A text must pass all of these: (kind, words, what is wrong with it)
-TEXT_RULES = (
-    ("missing", "is missing", _missing),
-    ("not_text", "is {type}, not text", lambda value: not isinstance(value, str)),
-    ("empty", "is empty", lambda value: not value.strip()),
-    # JSON escapes can spell half a character, which no tokenizer takes
-    ("not_text", "holds half a unicode character", re.compile("[\ud800-\udfff]").search),
-)
-
-
 def _text(value, field):
-    for kind, words, wrong in TEXT_RULES:
-        if wrong(value):
-            raise BadRow(kind, field, words.format(type=type(value).__name__))
+    if _missing(value):
+        raise BadRow("missing", field, "is missing")
+    if not isinstance(value, str):
+        raise BadRow("not_text", field, f"is {type(value).__name__}, not text")
+    if not value.strip():
+        raise BadRow("empty", field, "is empty")
+    if re.search("[\ud800-\udfff]", value):  # JSON escapes can spell half a character, which no tokenizer takes
+        raise BadRow("not_text", field, "holds half a unicode character")
     return value
 
 
