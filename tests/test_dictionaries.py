@@ -14,9 +14,9 @@ from alignlens.core.errors import DictionaryError
 from alignlens.core.store import write_arrays
 from alignlens.dictionaries import Config, Dictionary, training
 from alignlens.dictionaries import streams as streams_module
-from alignlens.dictionaries.reseeding import shared_directions
+from alignlens.dictionaries.refitting import Codes, on_support
 from alignlens.dictionaries.streams import join
-from alignlens.dictionaries.support import Codes, on_support
+from alignlens.dictionaries.training import shared_directions
 
 ARRAYS = ("encoder", "encoder_bias", "decoder", "decoder_bias", "threshold")
 SMALL = Config(width=20, k=2, steps=160, batch_size=64, dead_after=500, aux_k=8, seed=3)

@@ -1,8 +1,7 @@
 """Calibrations: what an instrument makes of worlds whose answer is known.
 
 A dictionary's words (shared, rotated, attenuated, base only, aligned only) are believed as far as they come back from
-planted features; ``nulls`` holds noise and planted effects for the other instruments.
-"""
+planted features; ``nulls`` holds noise and planted effects for the other instruments."""
 
 from alignlens.calibration.planted import KINDS, REGIMES, Planted, Regime, score
 from alignlens.calibration.running import INSTRUMENTS, config_for, run

@@ -1,8 +1,4 @@
-"""Planted features: paired activations with a known answer, and the score of a dictionary's labels against it.
-
-Features are unit directions that fire sparsely; most are in both streams, some are turned, weakened, or in one
-stream only.
-"""
+"""Planted features: paired activations with a known answer, and the score of a dictionary's labels against it."""
 
 from dataclasses import dataclass
 
@@ -20,22 +16,15 @@ ALIKE = 0.9  # cosine from which a latent counts as a planted feature
 
 @dataclass(frozen=True)
 class Regime:
-    """How hard the planted world is.
+    """How hard the planted world is."""
 
-    features, d : planted directions, dimensions of each stream. rarest, commonest : share of rows on which a feature
-    fires, log-uniform between them (a power law of density with exponent -1). noise : norm of the independent noise of
-    each stream, as a share of the signal's. groups : features fire in groups, each on in a tenth of the rows, where its
-    members are five times as frequent; 0 for independent features. nested : exclusive features fire half of the time
-    together with a shared partner, else alone.
-    """
-
-    features: int = 256
-    d: int = 64
-    rarest: float = 0.005
+    features: int = 256  # planted directions
+    d: int = 64  # dimensions of each stream
+    rarest: float = 0.005  # share of rows on which a feature fires, log-uniform from here to `commonest`
     commonest: float = 0.05
-    noise: float = 0.02
-    groups: int = 0
-    nested: bool = False
+    noise: float = 0.02  # norm of each stream's independent noise, as a share of the signal's
+    groups: int = 0  # features fire in groups, each on in a tenth of the rows, its members five times as often there
+    nested: bool = False  # exclusive features fire half of the time together with a shared partner, else alone
 
 
 REGIMES = {"easy": Regime(), "hard": Regime(features=1024, d=128, rarest=0.001, noise=0.1, groups=64, nested=True)}
@@ -99,14 +88,11 @@ class Planted:
 def score(planted: Planted, rows: dict[str, np.ndarray], table: pd.DataFrame) -> pd.DataFrame:
     """How the labels of live latents compare with what was planted.
 
-    rows : decoder rows, stream -> [latents, d]. table : label (and, where known, degrees and ratio) of each latent.
-    A planted feature is found if its one-to-one partner among the live latents (both streams joined, Hungarian) has a
-    cosine of at least 0.9 with it.
-
-    Returns one row a kind: planted, found (share, whatever the label), recall (share found under its own label),
-    labelled (latents), false_discovery (share of these that are no planted feature of that kind), degrees_error,
-    ratio_error (median and 95th percentile of the absolute error over features found under their own label).
-    """
+    rows : decoder rows, stream -> [latents, d]. table : label (and, where known, degrees and ratio) of each latent. A
+    planted feature is found if its one-to-one partner among the live latents (both streams joined, Hungarian) has a
+    cosine of at least 0.9 with it. Returns one row a kind: planted, found (share, whatever the label), recall (share
+    found under its own label), labelled (latents), false_discovery (share of these that are no planted feature of that
+    kind), degrees_error, ratio_error (median and 95th percentile of the absolute error where the label is right)."""
     live = np.flatnonzero(table.label != "dead")
     table = table.iloc[live].reset_index(drop=True)
     truth = unit(np.concatenate([planted.rows[name] for name in STREAMS], axis=1))

@@ -16,9 +16,8 @@ HELD_OUT = 50_000  # rows on which latents are read
 def run(regime: str, seed: int, instrument: str, *, samples: int, epochs: float) -> pd.DataFrame:
     """Train one instrument on one planted world and score it: ``score`` with regime, seed, instrument, samples, r2.
 
-    instrument : "alignlens" (ours), "l1" (the same with an L1 penalty), "published" (SPARC with its adaptive labels).
-    The published labels are read as ours: shared_aligned -> same, shared_redirected -> rotated.
-    """
+    instrument : "alignlens" (ours), "l1" (the same with an L1 penalty), "published" (SPARC, its adaptive labels read as
+    ours: shared_aligned -> same, shared_redirected -> rotated)."""
     if instrument not in INSTRUMENTS:
         raise DictionaryError(f"instrument {instrument!r} is unknown; choose from {', '.join(INSTRUMENTS)}")
     planted = Planted(regime, seed)

@@ -1,60 +1,53 @@
 """Training: BatchTopK or an L1 penalty, every gradient in closed form on the kept codes alone.
 
 BatchTopK (Bussmann et al., arXiv 2412.06410; for crosscoders Minder et al., arXiv 2504.02922) keeps the k x rows
-largest codes of a batch. They are a few percent of all, so only the encoder's product is dense.
-"""
+largest codes of a batch, a few percent of all, so only the encoder's product is dense."""
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
 import pandas as pd
 import torch
+from torch.nn.functional import normalize
 
 from alignlens.core.errors import DictionaryError
-from alignlens.dictionaries import reseeding
-from alignlens.dictionaries.config import Config, check
-from alignlens.dictionaries.model import Dictionary
-from alignlens.dictionaries.refitting import refit
+from alignlens.dictionaries.model import Config, Dictionary
+from alignlens.dictionaries.refitting import Codes, on_support, refit
 from alignlens.dictionaries.streams import CHUNK, Joined, join, moments
-from alignlens.dictionaries.support import Codes, on_support
 
 CALIBRATION_ROWS = 65_536  # from which the fixed threshold is told
+RESEED_ROWS, RARE = 32_768, 5  # firings in so many rows below which a latent may start again: about as rare as dead
+TWIN, MOST = 0.8, 1024  # cosine from which two directions are one; latents started again at once
+SHARING = 50  # rows that must have a direction in common before a latent starts from it
 
 
 def train(streams, config: Config | None = None, *, facts: dict | None = None, device: str = "cpu") -> Dictionary:
-    """Train a dictionary on named streams.
+    """Train a dictionary on named streams: name -> [rows, d] or [rows, layers, d], row i the same token in all.
 
-    Parameters
-    ----------
-    streams : name -> [rows, d] or [rows, layers, d], row i the same token in all; float16 or float32, memory-mapped
-        arrays are read batch by batch. {"base": x} is a sparse autoencoder, {"base": x, "aligned": y} a crosscoder.
-    facts : kept with the dictionary, for ``Dictionary.load`` to check.
-
-    Raises
-    ------
-    DictionaryError for streams that do not fit each other, hold NaN, or are fewer rows than a batch; for settings out
-    of range; and if training diverges.
-    """
-    config, joined = config or Config(), join(streams)
-    shapes = {name: tuple(x.shape[1:]) for name, x in streams.items()}
-    check(config, len(joined), shapes)
-    trainer = Trainer(joined, shapes, config, device)
+    {"base": x} is a sparse autoencoder, {"base": x, "aligned": y} a crosscoder; memory-mapped arrays are read batch by
+    batch. facts : kept with the dictionary, for ``Dictionary.load`` to check. Raises DictionaryError for streams that
+    do not fit each other, hold NaN, or are fewer rows than a batch; for settings out of range; and if training
+    diverges."""
+    c, joined = config or Config(), join(streams)
+    shapes, rows = {name: tuple(x.shape[1:]) for name, x in streams.items()}, len(joined)
+    least = min(c.learning_rate, c.epochs, c.batch_size, 1 if c.steps is None else c.steps)
+    alike, shares = len(shapes) > 1 and len(set(shapes.values())) == 1, (c.shared, c.warmup, c.decay)
+    problems = {
+        "activation must be batchtopk or l1": c.activation not in ("batchtopk", "l1"),
+        f"k {c.k} must lie between 0 and width {c.width}": not 0 < c.k <= c.width,
+        f"{rows} rows cannot fill a batch of {c.batch_size}: give more, or a smaller batch_size": rows < c.batch_size,
+        "learning_rate, epochs, batch_size and steps must be positive": least <= 0,
+        "shared, warmup and decay must lie between 0 and 1": not all(0 <= x <= 1 for x in shares),
+        f"shared must be 0 for one stream, or streams of different shapes {shapes}": c.shared and not alike,
+    }
+    if found := [words for words, wrong in problems.items() if wrong]:
+        raise DictionaryError(f"dictionary config: {'; '.join(found)}")
+    trainer = Trainer(joined, shapes, c, device)
     trainer.run()
     found = dataclasses.replace(trainer.folded(), facts=facts or {})
-    return refit(found, joined, trainer.scale, trainer.order(-2)) if config.refit else found
-
-
-def units(joined: Joined, shapes: dict, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Centre and scale [D]: every stream and layer gets the same energy, or the one with the largest norm would be all
-    that counts."""
-    mean, variance = moments(joined)
-    if config.published:
-        return torch.zeros_like(mean).float(), torch.ones_like(mean).float()
-    sizes = [shape[-1] for shape in shapes.values() for _ in range(math.prod(shape[:-1]))]
-    energy = [part.sum().sqrt() for part in variance.split(sizes)]
-    energy = [e if e > 0 else torch.ones_like(e) for e in energy]  # constant: rounding must not be blown up
-    return mean.float(), torch.cat([e.expand(size) for e, size in zip(energy, sizes, strict=True)]).float()
+    return refit(found, joined, trainer.scale, trainer.order(-2)) if c.refit else found
 
 
 class Trainer:
@@ -62,7 +55,14 @@ class Trainer:
 
     def __init__(self, joined: Joined, shapes: dict, config: Config, device: str):
         self.joined, self.shapes, self.config, self.device = joined, shapes, config, device
-        self.mean, self.scale = units(joined, shapes, config)
+        mean, variance = moments(joined)
+        # Every stream and layer gets the same energy, or only the one with the largest norm would count.
+        sizes = [shape[-1] for shape in shapes.values() for _ in range(math.prod(shape[:-1]))]
+        energy = torch.stack([part.sum().sqrt() for part in variance.split(sizes)])
+        energy[energy == 0] = 1  # constant: rounding must not be blown up
+        self.mean, self.scale = mean.float(), energy.repeat_interleave(torch.tensor(sizes)).float()
+        if config.published:
+            self.mean, self.scale = torch.zeros_like(self.mean), torch.ones_like(self.scale)
         self.sizes = [math.prod(shape) for shape in shapes.values()]
         draw = torch.Generator().manual_seed(config.seed)
         # All streams start with the same decoder row: what differs afterwards, the data made differ.
@@ -100,13 +100,13 @@ class Trainer:
             self.at, (epoch, place) = at, divmod(at, self.batches)
             if place == 0:
                 order = self.order(epoch)
-            if self.at in self.reseed_at:
+            if at in self.reseed_at:
                 self._reseed(order)
             found = self.step(self.take(order[place * config.batch_size :][: config.batch_size]))
-            if self.at % every == 0 or self.at == self.steps - 1:
+            if at % every == 0 or at == self.steps - 1:
                 if not math.isfinite(found["loss"]):
                     raise DictionaryError(f"training diverged at step {at}: lower learning_rate {config.learning_rate}")
-                self.log.append({"step": self.at, **found})
+                self.log.append({"step": at, **found})
 
     def step(self, x: torch.Tensor) -> dict:
         """One batch: keep the largest codes, follow the gradient of the squared error at them. Returns the losses."""
@@ -114,7 +114,6 @@ class Trainer:
         rise = min(1.0, (self.at + 1) / (config.warmup * self.steps + 1))
         fall = min(1.0, (self.steps - self.at) / (config.decay * self.steps)) if config.decay else 1.0
         self.optimizer.param_groups[0]["lr"] = config.learning_rate * rise * fall
-
         # As in SAELens, the published autoencoder takes the decoder's bias off its input.
         seen = x - self.decoder_bias if config.published else x
         pre = torch.addmm(self.encoder_bias, seen, self.encoder.T)
@@ -128,7 +127,6 @@ class Trainer:
         self.encoder.grad = codes.transposed(to_code) @ seen
         self.encoder_bias.grad = torch.zeros_like(self.encoder_bias).index_add_(0, codes.columns, to_code)
         self.decoder_bias.grad = gradient.sum(0)
-
         self.silent += n
         self.silent[codes.columns] = 0
         dead = torch.nonzero(self.silent > config.dead_after)[:, 0]
@@ -190,26 +188,29 @@ class Trainer:
 
     def _reseed(self, order: torch.Tensor) -> None:
         """Start latents that hardly fire again where the others leave a common error."""
-        x = self.take(order[: reseeding.ROWS])
+        x = self.take(order[:RESEED_ROWS])
         pre = torch.addmm(self.encoder_bias, x, self.encoder.T)
         rows, columns = torch.nonzero(pre > max(self.threshold, 1e-9), as_tuple=True)
         codes = Codes(rows, columns, pre[rows, columns], pre.shape)
         fired = torch.bincount(columns, minlength=self.config.width)
-        free = torch.nonzero(fired[self.tied :] < reseeding.RARE)[: reseeding.MOST, 0] + self.tied
+        free = torch.nonzero(fired[self.tied :] < RARE)[:MOST, 0] + self.tied
         if not len(free):
             return
         error = x - self.decoder_bias
         error -= codes.matrix(on_support(error, codes, self.decoder)) @ self.decoder
-        known = self.decoder[fired >= reseeding.RARE]
-        found = reseeding.missing_directions(error, known, len(free), self.draw(self.at))
+        if not 0 < float(error.square().sum()) < math.inf:  # nothing to explain, or diverged
+            return
+        found, known = shared_directions(error, len(free), self.draw(self.at)), self.decoder[fired >= RARE]
+        # The same direction twice, or one that a live latent has already, would only be split.
+        alike = (found @ torch.cat([known, found]).T) > TWIN
+        found = found[~alike.tril(len(known) - 1).any(1)]
         free = free[: len(found)]
         self.encoder[free] = self.decoder[free] = found
         # They begin by firing on the rows that lie furthest along them, not on every row that leans their way.
-        self.encoder_bias[free] = self.threshold - reseeding.sharing_cut(x @ found.T)
+        self.encoder_bias[free] = self.threshold - _sharing_cut(x @ found.T)
         self.silent[free] = 0
-        for weight in self.weights[:3]:
-            for moment in ("exp_avg", "exp_avg_sq"):
-                self.optimizer.state[weight][moment][free] = 0
+        for weight, moment in itertools.product(self.weights[:3], ("exp_avg", "exp_avg_sq")):
+            self.optimizer.state[weight][moment][free] = 0
 
     @torch.no_grad()
     def folded(self) -> Dictionary:
@@ -242,3 +243,24 @@ class Trainer:
             if len(kept) > wanted:
                 kept = kept.topk(wanted, sorted=False).values
         return float(kept.min()) if len(kept) == wanted else 0.0
+
+
+def shared_directions(error: torch.Tensor, count: int, draw: torch.Generator, rounds: int = 10) -> torch.Tensor:
+    """Unit directions [count, D] along which some rows of the error [n, D] lie far out: candidates for new latents.
+
+    By power iteration, from single rows drawn by their energy, over the ``SHARING`` rows that lie furthest along each
+    direction: a sparse direction is a fixed point of that step, a mixture is not."""
+    energy, found = error.square().sum(1).cpu(), []
+    few = count > int((energy > 0).sum())
+    start = torch.multinomial(energy, count, replacement=few, generator=draw)
+    for v in normalize(error[start]).split(256):
+        for _ in range(rounds):
+            along = (error @ v.T).relu()
+            v = normalize((along * (along > _sharing_cut(along))).T @ error)
+        found.append(v)
+    return torch.cat(found)
+
+
+def _sharing_cut(along: torch.Tensor) -> torch.Tensor:
+    """The value in each column [n, directions] above which its ``SHARING`` furthest rows lie."""
+    return along.kthvalue(max(1, len(along) - SHARING), dim=0).values

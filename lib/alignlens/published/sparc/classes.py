@@ -17,24 +17,20 @@ from alignlens.published.sparc.training import Sparc
 SHARED = ("shared_aligned", "shared_redirected", "shared_intermediate", "shared_attenuated")
 EXCLUSIVE = ("base_only", "aligned_only")
 CLASSES = (*EXCLUSIVE, *SHARED, "other")
+# The published fixed cuts on rho: used where no mixture can be fitted, or with `labels(table, FIXED)`.
 FIXED = {"base_only": 0.15, "aligned_only": 0.85, "shared_low": 0.35, "shared_high": 0.65}
-"""The published fixed cuts on rho: used where no mixture can be fitted, or with `labels(table, FIXED)`."""
 
 
 def classify(sparc: Sparc, streams) -> pd.DataFrame:
-    """The published classes: one row a latent.
+    """The published classes, one row a latent.
 
     rho = |aligned| / (|base| + |aligned|) of the decoder rows, theta = their cosine, norm_base, norm_aligned, forced,
-    label: base_only | aligned_only | shared_aligned | shared_redirected | shared_intermediate | shared_attenuated |
-    other. density_base/_aligned (share of rows where it fires) and cf_base, cf_aligned, cf_shift = aligned - base (mean
-    code; published as "counterfactual sensitivity", without an intervention).
-    In a window norms are summed and theta averaged over layers, and entropy (of the layer norms, 1 = even), persistent
-    (entropy >= 0.6), min_abs_theta and drifting (min_abs_theta < 0.5) are added.
-
-    The cuts on rho adapt to each dictionary, so counts of two dictionaries compare only under one set (`labels`).
-    `attrs["thresholds"]` holds the cuts used, `attrs["components"]` the number of mixture components behind them (None:
-    no mixture).
-    """
+    label; density_base/_aligned (share of rows where it fires) and cf_base, cf_aligned, cf_shift = aligned - base (mean
+    code; published as "counterfactual sensitivity", without an intervention). In a window norms are summed and theta
+    averaged over layers, and entropy (of the layer norms, 1 = even), persistent (entropy >= 0.6), min_abs_theta and
+    drifting (min_abs_theta < 0.5) are added. The cuts on rho adapt to each dictionary, so counts of two compare only
+    under one set (`labels`): `attrs["thresholds"]`, from `attrs["components"]` mixture components (None: no
+    mixture)."""
     base, aligned = sparc.decoders.astype(np.float64)
     norms = np.linalg.norm([base, aligned], axis=-1)  # [s, l, w]
     theta = np.einsum("lwd,lwd->lw", base, aligned) / np.maximum(norms.prod(0), 1e-12)
@@ -48,28 +44,21 @@ def classify(sparc: Sparc, streams) -> pd.DataFrame:
         share = norms.sum(0) / np.maximum(norms.sum(0).sum(0), 1e-8)
         entropy, least = -(share * np.log(share + 1e-8)).sum(0) / np.log(len(share)), np.abs(theta).min(0)
         columns |= {"entropy": entropy, "persistent": entropy >= 0.6, "min_abs_theta": least, "drifting": least < 0.5}
-    table = pd.DataFrame(columns | _usage(sparc, streams))
+    fires, mean, rows = 0, 0, len(streams["base"])
+    for _, z, _ in sparc.batches(streams, 256):
+        fires = fires + (z > 0).any(2).sum(1).numpy() / rows
+        mean = mean + z.mean(2).double().sum(1).numpy() / rows
+    both = {"density": fires, "cf": mean}
+    columns |= {f"{name}_{stream}": both[name][i] for name in both for i, stream in enumerate(STREAMS)}
+    table = pd.DataFrame(columns | {"cf_shift": mean[1] - mean[0]})
     cuts, components = adaptive(table["rho"].to_numpy())
     table["label"] = labels(table, cuts)
     table.attrs |= {"thresholds": cuts, "components": components}
     return table
 
 
-def _usage(sparc: Sparc, streams) -> dict[str, np.ndarray]:
-    fires, mean, rows = 0, 0, len(streams["base"])
-    for _, z, _ in sparc.batches(streams, 256):
-        fires = fires + (z > 0).any(2).sum(1).numpy() / rows
-        mean = mean + z.mean(2).double().sum(1).numpy() / rows
-    both = {"density": fires, "cf": mean}
-    columns = {f"{name}_{stream}": both[name][i] for name in both for i, stream in enumerate(STREAMS)}
-    return columns | {"cf_shift": mean[1] - mean[0]}
-
-
 def labels(table: pd.DataFrame, cuts: dict) -> np.ndarray:
-    """Labels of a `classify` table under any cuts on rho, such as `FIXED` or another table's.
-
-    The first rule that holds, in the published order; cuts may coincide or cross.
-    """
+    """Labels of a `classify` table under any cuts on rho: the first rule that holds, in the published order."""
     rho, abs_theta = table["rho"].to_numpy(), table["theta"].abs().to_numpy()
     in_band = (rho > cuts["shared_low"]) & (rho < cuts["shared_high"])
     rules = {
@@ -95,9 +84,9 @@ def adaptive(rho: np.ndarray) -> tuple[dict[str, float], int | None]:
     else:
         crossings = [_crossing(left, right) for left, right in itertools.pairwise(components)]
         low, high = crossings[0], crossings[-1]
-        (_, first, first_deviation), (_, last, last_deviation) = components[0], components[-1]
-        base_only, aligned_only = min(low, first + 2 * first_deviation, 0.4), max(high, last - 2 * last_deviation, 0.5)
-        cuts = np.clip(base_only, 0.05, 0.4), np.clip(aligned_only, 0.5, 0.98), low, high
+        (_, first, narrow), (_, last, wide) = components[0], components[-1]  # means and deviations
+        base_only, aligned_only = np.clip(min(low, first + 2 * narrow), 0.05, 0.4), max(high, last - 2 * wide)
+        cuts = base_only, np.clip(aligned_only, 0.5, 0.98), low, high
         if len(components) == 2:
             cuts = [low] * 4
     return dict(zip(FIXED, map(float, cuts), strict=True)), len(components) or None
@@ -127,9 +116,8 @@ def _crossing(left: np.ndarray, right: np.ndarray) -> float:
 def feature_sharing_ratio(table: pd.DataFrame) -> dict[str, float]:
     """Shared latents over shared + exclusive ones (`single_layer`) and over all (`multi_layer`), as published.
 
-    Untrained latents count as shared (rho near 0.5) and forced ones as shared_aligned: pass rows of `table` without
-    them, e.g. `table[~table.forced & (table.density_base > 0)]`, for the ratio of trained, free latents. NaN if empty.
-    """
+    Untrained latents count as shared (rho near 0.5), forced ones as shared_aligned: for the ratio of trained, free ones
+    pass `table[~table.forced & (table.density_base > 0)]`. NaN if empty."""
     shared, exclusive = table["label"].isin(SHARED).sum(), table["label"].isin(EXCLUSIVE).sum()
     sizes = {"single_layer": shared + exclusive, "multi_layer": len(table)}
     return {name: float(shared / size) if size else math.nan for name, size in sizes.items()}

@@ -21,17 +21,15 @@ PROCRUSTES = ("residual", "unrotated", "null_mean", "null_low", "p")
 def superposition(sparc: Sparc, table: pd.DataFrame, *, corrected=False, max_latents=256, draws=100) -> pd.DataFrame:
     """Are aligned-only latents sparse sums of base latents? Lasso (no intercept) of an aligned row on the base rows.
 
-    published   alpha 0.01 in scikit-learn's units, where all weights are zero once alpha >= alpha_max = max |X'y| / d.
-                For unit vectors alpha_max <= 1 / d, so the test is silent from d = 100 on (`can_fire`). Counted if
-                r2 > 0.8 with 2 .. 50 non-zeros; windows: unit vectors, r2 >= 0.5, 2 or more, one of another layer.
-    corrected   unit vectors and alpha = alpha_max / 10. p = share of random directions (Gaussian mixtures of the
-                aligned rows) that need no more non-zeros. Counted if r2 > 0.8, 2 .. 50 non-zeros and p <= 0.05, and
-                in windows one of another layer. null_non_zeros is the median of the random directions.
+    published: alpha 0.01 in scikit-learn's units, where all weights are zero once alpha >= alpha_max = max |X'y| / d.
+    For unit vectors alpha_max <= 1 / d, so the test is silent from d = 100 on (`can_fire`). Counted if r2 > 0.8 with 2
+    .. 50 non-zeros; windows: unit vectors, r2 >= 0.5, 2 or more, one of another layer. corrected: unit vectors and
+    alpha = alpha_max / 10. p = share of random directions (Gaussian mixtures of the aligned rows) that need no more
+    non-zeros, null_non_zeros their median. Counted if also p <= 0.05, and in windows one of another layer.
 
     Windows and `corrected` regress on the 256 base rows of largest |cosine|. At most `max_latents` latents, drawn at
-    random; `attrs["aligned_only"]` holds how many there are. One row a latent: latent, layer (position in the window),
-    alpha, alpha_max, can_fire, non_zeros, r2, parts (base latents by weight), part_layers, superposed.
-    """
+    random of `attrs["aligned_only"]`. One row a latent: latent, layer (position in the window), alpha, alpha_max,
+    can_fire, non_zeros, r2, parts (base latents by weight), part_layers, superposed."""
     base, aligned = sparc.decoders.astype(np.float64)
     home, windowed = np.linalg.norm(aligned, axis=-1).argmax(0), len(base) > 1  # the layer where a latent writes most
     if corrected or windowed:
@@ -39,8 +37,7 @@ def superposition(sparc: Sparc, table: pd.DataFrame, *, corrected=False, max_lat
     flat = base.reshape(-1, base.shape[-1])
     candidates = CANDIDATES if corrected or windowed else len(flat)
     found = table.loc[table["label"] == "aligned_only", "latent"].to_numpy()
-    rng = np.random.default_rng(0)
-    null, rows = {}, []
+    rng, null, rows = np.random.default_rng(0), {}, []
     for latent in np.sort(rng.choice(found, min(max_latents, len(found)), replace=False)):
         layer = home[latent]
         row = _lasso(flat, aligned[layer, latent], candidates, corrected)
@@ -67,8 +64,7 @@ def superposition(sparc: Sparc, table: pd.DataFrame, *, corrected=False, max_lat
 def _lasso(rows: np.ndarray, y: np.ndarray, candidates: int, corrected: bool) -> dict:
     """Lasso of y [d] on base rows [w, d]; `parts` are row numbers, heaviest first."""
     products = np.abs(rows @ y)
-    kept = np.argsort(-products, kind="stable")[:candidates]
-    alpha_max = products.max() / len(y)
+    kept, alpha_max = np.argsort(-products, kind="stable")[:candidates], products.max() / len(y)
     alpha = alpha_max / 10 if corrected else 0.01
     weights, can_fire = np.zeros(len(kept)), bool(alpha < alpha_max)
     if can_fire:  # else the solution is known to be zero, and at full size a fit takes seconds
@@ -81,15 +77,12 @@ def _lasso(rows: np.ndarray, y: np.ndarray, candidates: int, corrected: bool) ->
 def shared_geometry(sparc: Sparc, table: pd.DataFrame, *, corrected=False, permutations=100) -> pd.DataFrame:
     """One linear map from the base to the aligned decoder rows of shared latents, per layer, class and all_shared.
 
-    published   T = Va Vb' pinv(Vb Vb') (columns v): mean and std of its singular values, condition number, mean angle
-                of v and Tv in degrees. With fewer than d latents T is not unique and the condition number infinite.
-    corrected   the best orthogonal map (Procrustes) of unit vectors, on free latents that fire in at least 1 % of the
-                rows of a stream. residual = share of squares that the map (with one scale) leaves, unrotated = without
-                a map, null_mean and null_low = mean and 2.5 % percentile of the residual with partners permuted, p =
-                share of permutations no worse.
-
-    Numbers are NaN below 10 latents, the published minimum.
-    """
+    published: T = Va Vb' pinv(Vb Vb') (columns v): mean and std of its singular values, condition number, mean angle of
+    v and Tv in degrees. With fewer than d latents T is not unique and the condition number infinite. corrected: the
+    best orthogonal map (Procrustes) of unit vectors, on free latents that fire in at least 1 % of the rows of a stream:
+    residual = share of squares that the map (with one scale) leaves, unrotated = without a map, null_mean and null_low
+    = mean and 2.5 % percentile of the residual with partners permuted, p = share of permutations no worse. Numbers are
+    NaN below 10 latents, the published minimum."""
     live = True
     if corrected:
         live = ~table["forced"] & (table[["density_base", "density_aligned"]].max(axis=1) >= MIN_DENSITY)

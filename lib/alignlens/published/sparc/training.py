@@ -76,11 +76,9 @@ def train(streams, config: Config | None = None, *, device: str = "cpu") -> Spar
     Loss = MSE of each stream from its own codes + cross_weight * MSE from the other stream's codes + l1 * L1 of the
     free latents + l1_forced * L1 of the forced ones (see `loss`). AdamW, linear warm-up, cosine; the last, smaller
     batch of an epoch is dropped. Equal seeds give equal bits on one machine; the caller's random state is not touched.
-
     `history` has two rows an epoch, split train (means over the steps taken) and validation: step, total, self, cross,
-    sparsity, fve, fve_base, fve_aligned, dead, l0, l0_base, l0_aligned, as `quality` defines the published ones.
-    Raises DictionaryError for streams or a config that do not fit, and if the loss stops being finite.
-    """
+    sparsity, fve, fve_base, fve_aligned, dead, l0, l0_base, l0_aligned, as `quality` defines the published ones. Raises
+    DictionaryError for streams or a config that do not fit, and if the loss stops being finite."""
     config, x = config or Config(), stack(streams)
     _, rows, layers, d = x.shape
     width = config.width_factor * d if config.width is None else config.width
@@ -90,10 +88,8 @@ def train(streams, config: Config | None = None, *, device: str = "cpu") -> Spar
     weights, forced = Weights(*(w.to(device).requires_grad_() for w in weights)), forced.to(device)
     held_out, training = torch.randperm(rows, generator=draw).tensor_split([int(rows * config.validation_share)])
     per_epoch = len(training) // config.batch_size
-    total = per_epoch * config.epochs
-    total = total if config.steps is None else min(total, config.steps)
-    optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=config.weight_decay)
-    history = []
+    total = min(per_epoch * config.epochs, 2**62 if config.steps is None else config.steps)
+    optimizer, history = torch.optim.AdamW(weights, config.learning_rate, weight_decay=config.weight_decay), []
     for step in range(total):
         epoch, part = divmod(step, per_epoch)
         if part == 0:
@@ -101,12 +97,10 @@ def train(streams, config: Config | None = None, *, device: str = "cpu") -> Spar
         optimizer.param_groups[0]["lr"] = rate(step, total, config)
         log.append(_visit(weights, x[:, batches[part]].to(device), forced, config, optimizer))
         if step + 1 in (total, (epoch + 1) * per_epoch):
-            splits = {"train": log}
-            if len(held_out):
-                parts = held_out.split(config.batch_size)
-                splits["validation"] = [_visit(weights, x[:, r].to(device), forced, config) for r in parts]
+            parts = held_out.split(config.batch_size) if len(held_out) else ()
+            splits = {"train": log, "validation": [_visit(weights, x[:, r].to(device), forced, config) for r in parts]}
             now = {"epoch": epoch + 1, "step": step + 1}
-            history += [now | {"split": name} | _mean(numbers) for name, numbers in splits.items()]
+            history += [now | {"split": name} | _mean(numbers) for name, numbers in splits.items() if numbers]
             if not np.isfinite([row["total"] for row in history]).all():
                 cure = f"lower learning_rate ({config.learning_rate}), or scale both streams down"
                 raise DictionaryError(f"the loss is not finite in epoch {epoch + 1}: {cure}")
@@ -142,8 +136,7 @@ def start(layers: int, d: int, width: int, forced_share: float, draw: torch.Gene
 def encode(weights: Weights, x: torch.Tensor, topk: int) -> torch.Tensor:
     """[s, n, l, d] -> [s, n, l, w]: relu of the pre-activations h where the mask is on.
 
-    The mask is one for both streams and all layers: the topk // 2 largest layer means of h of each stream, united.
-    """
+    One mask for both streams and all layers: the topk // 2 largest layer means of h of each stream, united."""
     h = torch.einsum("snld,sldw->snlw", x, weights.encoders) + weights.biases[:, None]
     top = h.mean(2).topk(topk // 2, dim=-1).indices
     mask = torch.zeros_like(h[:, :, 0]).scatter_(-1, top, 1).amax(0)
@@ -157,9 +150,8 @@ def decode(weights: Weights, z: torch.Tensor) -> torch.Tensor:
 def loss(weights: Weights, x: torch.Tensor, forced: torch.Tensor, config: Config) -> tuple:
     """The loss and its parts on a batch [s, n, l, d], the codes and the reconstruction.
 
-    MSE averages over rows, layers and dimensions and is summed over streams. L1 of latents = mean over rows of
-    sum_w z_w * norm_w: z_w is averaged over streams and layers, norm_w summed over both.
-    """
+    MSE averages over rows, layers and dimensions and is summed over streams. L1 = mean over rows of sum_w z_w * norm_w:
+    z_w is averaged over streams and layers, norm_w summed over both."""
     z = encode(weights, x, config.topk)
     rebuilt = decode(weights, z)
     mse = {"self": (x - rebuilt).square(), "cross": (x - decode(weights, z.flip(0))).square()}
@@ -213,16 +205,11 @@ def _mean(log: list[dict]) -> dict[str, float]:
 def quality(sparc: Sparc, streams) -> dict[str, float]:
     """How well a crosscoder rebuilds rows, by the published formulas and by ours; pass held-out rows.
 
-    fve_published   1 - MSE / one variance over rows and dimensions together, per batch (config.batch_size), averaged;
-                    in a window per layer, averaged. Differences between dimension means count as variance.
-    r2              1 - squared error / squares about the mean of each dimension, over all rows: predicting the mean
-                    scores 0. In a window per layer, averaged. NaN where nothing varies.
-    dead_published  share of latents silent in both streams within a batch, averaged over batches
-    dead_share      share silent over all rows
-    l0              latents that fire per row (and layer)
-
-    fve_published, r2 and l0 are the mean of both streams and come with `_base` and `_aligned`.
-    """
+    fve_published: 1 - MSE / one variance over rows and dimensions together, per batch (config.batch_size) and layer,
+    averaged; differences between dimension means count as variance. r2: 1 - squared error / squares about the mean of
+    each dimension, over all rows, averaged over layers: predicting the mean scores 0; NaN where nothing varies. l0:
+    latents that fire per row (and layer). These are the mean of both streams and come with `_base` and `_aligned`.
+    dead_published: share of latents silent in both streams within a batch, averaged; dead_share: over all rows."""
     log, error, fired = [], 0, 0
     for batch, z, rebuilt in sparc.batches(streams, sparc.config.batch_size):
         log.append(_numbers(batch, z, rebuilt))
