@@ -5,8 +5,7 @@ latent's rows say in which stream it lives. A stream is [rows, d], or [rows, lay
 latents then live in several layers. Shapes below: n rows, D all dimensions of all streams, w latents (width)."""
 
 from alignlens.dictionaries.evaluating import CUTS, LABELS, Cuts, classify, evaluate, label, match
-from alignlens.dictionaries.model import Config, Dictionary, check_facts, published
-from alignlens.dictionaries.streams import STREAMS, unit
+from alignlens.dictionaries.model import STREAMS, Config, Dictionary, check_facts, published, unit
 from alignlens.dictionaries.training import train
 
 __all__ = [

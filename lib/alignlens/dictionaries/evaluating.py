@@ -8,8 +8,7 @@ import pandas as pd
 from scipy.optimize import linear_sum_assignment
 
 from alignlens.core.errors import DictionaryError
-from alignlens.dictionaries.model import Dictionary
-from alignlens.dictionaries.streams import STREAMS, Joined, join, moments, unit
+from alignlens.dictionaries.model import STREAMS, Dictionary, Joined, join, moments, unit
 
 LABELS = ("dead", "base_only", "aligned_only", "shared_same", "shared_rotated", "shared_attenuated")
 

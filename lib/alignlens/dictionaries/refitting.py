@@ -8,8 +8,7 @@ import warnings
 import numpy as np
 import torch
 
-from alignlens.dictionaries.model import Dictionary
-from alignlens.dictionaries.streams import CHUNK, Joined, unit
+from alignlens.dictionaries.model import CHUNK, Dictionary, Joined, unit
 
 WORSE = 1.05  # error after refitting over error before, above which the trained rows stay
 RIDGE = 0.1  # of the mean code energy of a latent

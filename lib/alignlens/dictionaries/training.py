@@ -13,9 +13,8 @@ import torch
 from torch.nn.functional import normalize
 
 from alignlens.core.errors import DictionaryError
-from alignlens.dictionaries.model import Config, Dictionary
+from alignlens.dictionaries.model import CHUNK, Config, Dictionary, Joined, join, moments
 from alignlens.dictionaries.refitting import Codes, on_support, refit
-from alignlens.dictionaries.streams import CHUNK, Joined, join, moments
 
 CALIBRATION_ROWS = 65_536  # from which the fixed threshold is told
 RESEED_ROWS, RARE = 32_768, 5  # firings in so many rows below which a latent may start again: about as rare as dead

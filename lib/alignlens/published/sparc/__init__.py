@@ -6,9 +6,11 @@ name (`r2`, `dead_share`) or the switch `corrected=True`. Not kept: bf16 autocas
 below: s streams (base, aligned), n rows, l layers, d dimensions, w latents (width)."""
 
 from alignlens.dictionaries import STREAMS
-from alignlens.published.sparc.classes import CLASSES, FIXED, SHARED, classify, feature_sharing_ratio, labels
-from alignlens.published.sparc.relations import shared_geometry, superposition
 from alignlens.published.sparc.training import Config, Sparc, quality, train
+
+from alignlens.published.sparc.reading import (  # isort: skip
+    CLASSES, FIXED, SHARED, classify, feature_sharing_ratio, labels, shared_geometry, superposition,
+)  # fmt: skip
 
 __all__ = [
     "CLASSES", "FIXED", "SHARED", "STREAMS", "Config", "Sparc", "classify", "feature_sharing_ratio", "labels",

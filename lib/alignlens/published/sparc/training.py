@@ -9,8 +9,7 @@ import pandas as pd
 import torch
 
 from alignlens.core.errors import DictionaryError
-from alignlens.dictionaries import STREAMS
-from alignlens.dictionaries.streams import join
+from alignlens.dictionaries.model import STREAMS, join
 
 
 @dataclass(frozen=True)
@@ -82,11 +81,20 @@ def train(streams, config: Config | None = None, *, device: str = "cpu") -> Spar
     config, x = config or Config(), stack(streams)
     _, rows, layers, d = x.shape
     width = config.width_factor * d if config.width is None else config.width
-    _check(config, rows, width)
+    c, validation = config, int(rows * config.validation_share)
+    left, shares = rows - validation, (c.forced_share, c.validation_share, c.warmup)
+    problems = {
+        f"topk is {c.topk} for {width} latents: choose from 2 to {width}": not 2 <= c.topk <= width,
+        "forced_share, validation_share and warmup lie from 0 to below 1": not all(0 <= s < 1 for s in shares),
+        f"{left} rows for training fill no batch of {c.batch_size}": not 1 <= c.batch_size <= left,
+        "epochs go from 1, steps from 0": c.epochs < 1 or (c.steps is not None and c.steps < 0),
+    }
+    if found := [words for words, wrong in problems.items() if wrong]:
+        raise DictionaryError(f"sparc config: {'; '.join(found)}")
     draw = torch.Generator().manual_seed(config.seed)
     weights, forced = start(layers, d, width, config.forced_share, draw)
     weights, forced = Weights(*(w.to(device).requires_grad_() for w in weights)), forced.to(device)
-    held_out, training = torch.randperm(rows, generator=draw).tensor_split([int(rows * config.validation_share)])
+    held_out, training = torch.randperm(rows, generator=draw).tensor_split([validation])
     per_epoch = len(training) // config.batch_size
     total = min(per_epoch * config.epochs, 2**62 if config.steps is None else config.steps)
     optimizer, history = torch.optim.AdamW(weights, config.learning_rate, weight_decay=config.weight_decay), []
@@ -105,18 +113,6 @@ def train(streams, config: Config | None = None, *, device: str = "cpu") -> Spar
                 cure = f"lower learning_rate ({config.learning_rate}), or scale both streams down"
                 raise DictionaryError(f"the loss is not finite in epoch {epoch + 1}: {cure}")
     return Sparc(*(w.detach().cpu().numpy() for w in weights), forced.cpu().numpy(), config, pd.DataFrame(history))
-
-
-def _check(c: Config, rows: int, width: int) -> None:
-    training, shares = rows - int(rows * c.validation_share), (c.forced_share, c.validation_share, c.warmup)
-    problems = {
-        f"topk is {c.topk} for {width} latents: choose from 2 to {width}": not 2 <= c.topk <= width,
-        "forced_share, validation_share and warmup lie from 0 to below 1": not all(0 <= s < 1 for s in shares),
-        f"{training} rows for training fill no batch of {c.batch_size}": not 1 <= c.batch_size <= training,
-        "epochs go from 1, steps from 0": c.epochs < 1 or (c.steps is not None and c.steps < 0),
-    }
-    if found := [words for words, wrong in problems.items() if wrong]:
-        raise DictionaryError(f"sparc config: {'; '.join(found)}")
 
 
 def start(layers: int, d: int, width: int, forced_share: float, draw: torch.Generator) -> tuple[Weights, torch.Tensor]:
