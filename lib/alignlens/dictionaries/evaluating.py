@@ -31,10 +31,9 @@ CUTS = Cuts()
 def evaluate(dictionary: Dictionary, streams) -> dict:
     """How well a dictionary rebuilds held-out streams, over all rows at once: a dict of floats.
 
-    r2 : 1 - squared error / squared deviation from the mean of each dimension, so a constant scores 0; cosine, l2_ratio
-    : mean cosine of a row and its reconstruction, mean ratio of their norms; each also per stream (``r2_base`` ...),
-    the plain ones being means over streams. l0 : mean latents that fire a row. dead_share : latents that fire on no
-    row."""
+    r2 : 1 - squared error / squares about the mean of each dimension, so a constant scores 0; cosine, l2_ratio : of
+    rows and their reconstruction, means over rows; each also per stream (``r2_base`` ...), the plain ones being means
+    over streams. l0 : mean latents that fire a row. dead_share : latents that fire on no row."""
     joined = join(streams, dictionary.shapes)
     spread = {name: float(v.sum()) for name, v in dictionary.split(moments(joined)[1].numpy()).items()}
     sums = {name: np.zeros(3) for name in dictionary.shapes}  # squared error, cosine, ratio
@@ -60,9 +59,8 @@ def evaluate(dictionary: Dictionary, streams) -> dict:
 def match(first: Dictionary, second: Dictionary, *, alive=None) -> pd.DataFrame:
     """One-to-one pairing of two dictionaries' latents by the cosine of their decoder rows (Hungarian matching).
 
-    alive : (bool [width], bool [width]), which latents take part; by default all. Streams are joined, each scaled to
-    the first dictionary's mean row norm. Returns latent, partner, cosine, by cosine. Raises DictionaryError if the
-    dictionaries read streams of other shapes."""
+    alive : (bool [width], bool [width]), which latents take part. Streams are joined, each scaled to the first
+    dictionary's mean row norm. Returns latent, partner, cosine, by cosine. Raises DictionaryError for other shapes."""
     if first.shapes != second.shapes:
         raise DictionaryError(f"only equal streams can be matched, not {first.shapes} and {second.shapes}")
     indices = [np.flatnonzero(keep) for keep in alive or (np.ones(first.width), np.ones(second.width))]

@@ -120,8 +120,7 @@ def published(d: int, *, width: int = 16_384, k: float = 64, **changes) -> Confi
 class Dictionary:
     """A trained dictionary, in the streams' own units: the scale that training used is folded into the float32 weights.
 
-    A code is what the encoder gives where it exceeds the threshold, else 0; decoder rows, all streams joined, have norm
-    1."""
+    A code is what the encoder gives where it exceeds the threshold, else 0. Joined decoder rows have norm 1."""
 
     encoder: np.ndarray  # [D, w]
     encoder_bias: np.ndarray  # [w]
@@ -157,8 +156,7 @@ class Dictionary:
 
     def split(self, joined: np.ndarray) -> dict[str, np.ndarray]:
         """[..., D] -> stream -> [..., (layers,) d]."""
-        ends = np.cumsum([math.prod(shape) for shape in self.shapes.values()])
-        parts = np.split(joined, ends[:-1], axis=-1)
+        parts = np.split(joined, np.cumsum([math.prod(s) for s in self.shapes.values()])[:-1], axis=-1)
         return {n: p.reshape(*p.shape[:-1], *s) for (n, s), p in zip(self.shapes.items(), parts, strict=True)}
 
     def rows(self) -> dict[str, np.ndarray]:
@@ -166,10 +164,8 @@ class Dictionary:
         return self.split(self.decoder)
 
     def save(self, folder: str | Path, *, half: bool = False) -> None:
-        """Write dictionary.safetensors and dictionary.json into an existing folder.
-
-        half : encoder and decoder in float16, codes then differ in the third digit; DictionaryError if one is too
-        large."""
+        """Write dictionary.safetensors and dictionary.json into an existing folder; half : large weights in float16,
+        codes then differ in the third digit. Raises DictionaryError for a weight too large for float16."""
         small = ("encoder", "decoder") if half else ()
         arrays = {name: getattr(self, name).astype(np.float16 if name in small else np.float32) for name in ARRAYS}
         if not all(np.isfinite(array).all() for array in arrays.values()):
@@ -181,7 +177,6 @@ class Dictionary:
     @classmethod
     def load(cls, folder: str | Path, *, expect: dict | None = None) -> "Dictionary":
         """Read what ``save`` wrote; expect : facts that must agree, such as {"hook": "blocks.3.hook_resid_post"}.
-
         Raises DictionaryError for missing or damaged files, and for facts that differ, naming both values."""
         try:
             arrays = {n: a.float().numpy() for n, a in load_file(Path(folder) / "dictionary.safetensors").items()}

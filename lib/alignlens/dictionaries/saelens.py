@@ -29,11 +29,10 @@ SUPPORTED = {  # field of cfg.json -> what a fixed threshold and fixed weights c
 def to_saelens(dictionary: Dictionary, folder, *, model: str, hook: str, context: int | None = None) -> Path:
     """Write a sparse autoencoder as a JumpReLU SAE that SAELens opens with ``SAE.load_from_disk(folder)``.
 
-    dictionary : of one stream [rows, d]; weights go out unchanged, with nothing to take off the input, the history
-    stays behind. folder : made by this call, whole or not at all; one that exists must be empty. model, hook : names,
-    such as "blocks.3.hook_resid_post". context : tokens of context the activations were read with. Returns the folder.
-    Raises DictionaryError for a crosscoder or a window, for a hook or model that differs from the dictionary's facts,
-    for a local path as the model's name, and for a folder that holds something."""
+    dictionary : of one stream [rows, d]; weights go out unchanged, the history stays behind. folder : made by this
+    call, whole or not at all; one that exists must be empty. model, hook : names, such as "blocks.3.hook_resid_post".
+    context : tokens of context. Returns the folder. Raises DictionaryError for a crosscoder or a window, for a hook or
+    model that differs from the facts, for a local path as the model's name, and for a folder that holds something."""
     (d, width), said = dictionary.encoder.shape, {"model": model, "hook": hook, "context": context}
     if [len(shape) for shape in dictionary.shapes.values()] != [1]:
         raise DictionaryError(f"SAELens has no architecture for {dictionary.shapes}: keep it with Dictionary.save")
@@ -64,13 +63,11 @@ def to_saelens(dictionary: Dictionary, folder, *, model: str, hook: str, context
 def from_saelens(folder: str | Path, *, stream: str = "base") -> Dictionary:
     """Read a folder that ``to_saelens`` or SAELens wrote (``save_inference_model``, ``save_model`` of a loaded SAE).
 
-    Standard (ReLU) SAEs get a threshold of 0. A decoder's bias taken off the input is folded into the encoder's,
-    decoder rows get norm 1 with codes scaled to match: what the dictionary rebuilds does not change, and what
-    ``to_saelens`` wrote comes back to the bit, but for the history. An SAE of attention heads (hook_z) reads the heads
-    side by side. stream : the name its input gets. Facts hold model, hook, context and, for SAEs trained elsewhere,
-    what SAELens says of their training (``Config`` then holds width and k only): compare them with ``check_facts``.
-    Raises DictionaryError naming file and field for folders that are damaged or not a SAE of raw inputs with fixed
-    thresholds."""
+    Standard (ReLU) SAEs get a threshold of 0; a decoder's bias taken off the input is folded into the encoder's,
+    decoder rows get norm 1 with codes scaled to match. What ``to_saelens`` wrote comes back to the bit, but for the
+    history. stream : the name its input gets (heads of a hook_z side by side). Facts hold model, hook, context and, for
+    SAEs trained elsewhere, what SAELens says of their training: compare them with ``check_facts``. Raises
+    DictionaryError naming file and field for folders that are damaged or no SAE of raw inputs with fixed thresholds."""
     folder = Path(folder)
     try:
         words = json.loads((folder / CONFIG).read_text(encoding="utf-8"))

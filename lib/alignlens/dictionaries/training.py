@@ -26,9 +26,8 @@ def train(streams, config: Config | None = None, *, facts: dict | None = None, d
     """Train a dictionary on named streams: name -> [rows, d] or [rows, layers, d], row i the same token in all.
 
     {"base": x} is a sparse autoencoder, {"base": x, "aligned": y} a crosscoder; memory-mapped arrays are read batch by
-    batch. facts : kept with the dictionary, for ``Dictionary.load`` to check. Raises DictionaryError for streams that
-    do not fit each other, hold NaN, or are fewer rows than a batch; for settings out of range; and if training
-    diverges."""
+    batch. facts : kept, for ``Dictionary.load`` to check. Raises DictionaryError for streams that do not fit each
+    other, hold NaN, or are fewer rows than a batch; for settings out of range; and if training diverges."""
     c, joined = config or Config(), join(streams)
     shapes, rows = {name: tuple(x.shape[1:]) for name, x in streams.items()}, len(joined)
     least = min(c.learning_rate, c.epochs, c.batch_size, 1 if c.steps is None else c.steps)

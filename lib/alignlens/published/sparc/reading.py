@@ -32,12 +32,11 @@ def classify(sparc: Sparc, streams) -> pd.DataFrame:
     """The published classes, one row a latent.
 
     rho = |aligned| / (|base| + |aligned|) of the decoder rows, theta = their cosine, norm_base, norm_aligned, forced,
-    label; density_base/_aligned (share of rows where it fires) and cf_base, cf_aligned, cf_shift = aligned - base (mean
-    code; published as "counterfactual sensitivity", without an intervention). In a window norms are summed and theta
-    averaged over layers, and entropy (of the layer norms, 1 = even), persistent (entropy >= 0.6), min_abs_theta and
-    drifting (min_abs_theta < 0.5) are added. The cuts on rho adapt to each dictionary, so counts of two compare only
-    under one set (`labels`): `attrs["thresholds"]`, from `attrs["components"]` mixture components (None: no
-    mixture)."""
+    label; density_ (share of rows where it fires) and cf_ (mean code) _base and _aligned, cf_shift = aligned - base
+    (published as "counterfactual sensitivity", without an intervention). In a window norms are summed and theta
+    averaged over layers, and entropy (of layer norms, 1 = even), persistent, min_abs_theta and drifting are added. The
+    cuts on rho adapt to each dictionary, so counts of two compare only under one set (`labels`): `attrs["thresholds"]`,
+    from `attrs["components"]` mixture components (None: no mixture)."""
     base, aligned = sparc.decoders.astype(np.float64)
     norms = np.linalg.norm([base, aligned], axis=-1)  # [s, l, w]
     theta = np.einsum("lwd,lwd->lw", base, aligned) / np.maximum(norms.prod(0), 1e-12)
@@ -135,13 +134,11 @@ def superposition(sparc: Sparc, table: pd.DataFrame, *, corrected=False, max_lat
 
     published: alpha 0.01 in scikit-learn's units, where all weights are zero once alpha >= alpha_max = max |X'y| / d.
     For unit vectors alpha_max <= 1 / d, so the test is silent from d = 100 on (`can_fire`). Counted if r2 > 0.8 with 2
-    .. 50 non-zeros; windows: unit vectors, r2 >= 0.5, 2 or more, one of another layer. corrected: unit vectors and
-    alpha = alpha_max / 10. p = share of random directions (Gaussian mixtures of the aligned rows) that need no more
-    non-zeros, null_non_zeros their median. Counted if also p <= 0.05, and in windows one of another layer.
-
-    Windows and `corrected` regress on the 256 base rows of largest |cosine|. At most `max_latents` latents, drawn at
-    random of `attrs["aligned_only"]`. One row a latent: latent, layer (position in the window), alpha, alpha_max,
-    can_fire, non_zeros, r2, parts (base latents by weight), part_layers, superposed."""
+    to 50 non-zeros; windows: unit vectors, r2 >= 0.5, 2 or more, one of another layer. corrected: unit vectors, alpha =
+    alpha_max / 10, and p <= 0.05 for the share of random directions (Gaussian mixtures of the aligned rows) that need
+    no more non-zeros. Windows and `corrected` regress on the 256 base rows of largest |cosine|. One row a latent, at
+    most `max_latents`, drawn at random of `attrs["aligned_only"]`; layer and part_layers are positions in the window,
+    parts base latents by weight."""
     base, aligned = sparc.decoders.astype(np.float64)
     home, windowed = np.linalg.norm(aligned, axis=-1).argmax(0), len(base) > 1  # the layer where a latent writes most
     if corrected or windowed:
@@ -189,12 +186,11 @@ def _lasso(rows: np.ndarray, y: np.ndarray, candidates: int, corrected: bool) ->
 def shared_geometry(sparc: Sparc, table: pd.DataFrame, *, corrected=False, permutations=100) -> pd.DataFrame:
     """One linear map from the base to the aligned decoder rows of shared latents, per layer, class and all_shared.
 
-    published: T = Va Vb' pinv(Vb Vb') (columns v): mean and std of its singular values, condition number, mean angle of
-    v and Tv in degrees. With fewer than d latents T is not unique and the condition number infinite. corrected: the
-    best orthogonal map (Procrustes) of unit vectors, on free latents that fire in at least 1 % of the rows of a stream:
-    residual = share of squares that the map (with one scale) leaves, unrotated = without a map, null_mean and null_low
-    = mean and 2.5 % percentile of the residual with partners permuted, p = share of permutations no worse. Numbers are
-    NaN below 10 latents, the published minimum."""
+    published: T = Va Vb' pinv(Vb Vb') (columns v): mean and std of its singular values, condition number (infinite
+    below d latents), mean angle of v and Tv in degrees. corrected: the best orthogonal map (Procrustes) of unit
+    vectors, on free latents that fire in at least 1 % of the rows of a stream: residual = share of squares that the map
+    (with one scale) leaves, unrotated = without a map, null_mean, null_low (2.5 %) and p = under permuted partners. NaN
+    below 10 latents, the published minimum."""
     live = True
     if corrected:
         live = ~table["forced"] & (table[["density_base", "density_aligned"]].max(axis=1) >= MIN_DENSITY)

@@ -74,10 +74,9 @@ def train(streams, config: Config | None = None, *, device: str = "cpu") -> Spar
 
     Loss = MSE of each stream from its own codes + cross_weight * MSE from the other stream's codes + l1 * L1 of the
     free latents + l1_forced * L1 of the forced ones (see `loss`). AdamW, linear warm-up, cosine; the last, smaller
-    batch of an epoch is dropped. Equal seeds give equal bits on one machine; the caller's random state is not touched.
-    `history` has two rows an epoch, split train (means over the steps taken) and validation: step, total, self, cross,
-    sparsity, fve, fve_base, fve_aligned, dead, l0, l0_base, l0_aligned, as `quality` defines the published ones. Raises
-    DictionaryError for streams or a config that do not fit, and if the loss stops being finite."""
+    batch of an epoch is dropped. Equal seeds give equal bits on one machine. `history` has two rows an epoch, split
+    train (means over the steps taken) and validation, with `loss`'s parts and the published numbers of `quality`.
+    Raises DictionaryError for streams or a config that do not fit, and if the loss stops being finite."""
     config, x = config or Config(), stack(streams)
     _, rows, layers, d = x.shape
     width = config.width_factor * d if config.width is None else config.width
@@ -181,8 +180,7 @@ def rate(step: int, total: int, config: Config) -> float:
 
 def _numbers(x: torch.Tensor, z: torch.Tensor, rebuilt: torch.Tensor) -> dict[str, float]:
     """The published numbers of one batch."""
-    # As published, one layer divides by n - 1 and a window by n.
-    variance = x.var((1, 3), correction=1 if x.shape[2] == 1 else 0)
+    variance = x.var((1, 3), correction=1 if x.shape[2] == 1 else 0)  # as published: n in a window
     fve = (1 - (x - rebuilt).square().mean((1, 3)) / (variance + 1e-8)).mean(1)
     fires = z > 0
     numbers = _per_stream("fve", fve) | _per_stream("l0", fires.sum(-1).float().mean((1, 2)))
@@ -201,11 +199,11 @@ def _mean(log: list[dict]) -> dict[str, float]:
 def quality(sparc: Sparc, streams) -> dict[str, float]:
     """How well a crosscoder rebuilds rows, by the published formulas and by ours; pass held-out rows.
 
-    fve_published: 1 - MSE / one variance over rows and dimensions together, per batch (config.batch_size) and layer,
-    averaged; differences between dimension means count as variance. r2: 1 - squared error / squares about the mean of
-    each dimension, over all rows, averaged over layers: predicting the mean scores 0; NaN where nothing varies. l0:
-    latents that fire per row (and layer). These are the mean of both streams and come with `_base` and `_aligned`.
-    dead_published: share of latents silent in both streams within a batch, averaged; dead_share: over all rows."""
+    fve_published: 1 - MSE / one variance over rows and dimensions together, per batch and layer, averaged; differences
+    between dimension means count as variance. r2: 1 - squared error / squares about the mean of each dimension, over
+    all rows, averaged over layers; NaN where nothing varies. l0: latents that fire per row (and layer). These are the
+    mean of both streams and come with `_base` and `_aligned`. dead_published: share of latents silent in both streams
+    within a batch, averaged; dead_share: over all rows."""
     log, error, fired = [], 0, 0
     for batch, z, rebuilt in sparc.batches(streams, sparc.config.batch_size):
         log.append(_numbers(batch, z, rebuilt))
