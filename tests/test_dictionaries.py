@@ -14,8 +14,7 @@ from alignlens.core.errors import DictionaryError
 from alignlens.core.store import write_arrays
 from alignlens.dictionaries import Config, Dictionary, model, training
 from alignlens.dictionaries.model import join
-from alignlens.dictionaries.refitting import Codes, on_support
-from alignlens.dictionaries.training import shared_directions
+from alignlens.dictionaries.training import Codes, on_support, shared_directions
 
 ARRAYS = ("encoder", "encoder_bias", "decoder", "decoder_bias", "threshold")
 SMALL = Config(width=20, k=2, steps=160, batch_size=64, dead_after=500, aux_k=8, seed=3)

@@ -37,8 +37,7 @@ def to_saelens(dictionary: Dictionary, folder, *, model: str, hook: str, context
     if [len(shape) for shape in dictionary.shapes.values()] != [1]:
         raise DictionaryError(f"SAELens has no architecture for {dictionary.shapes}: keep it with Dictionary.save")
     if not model or not hook or Path(model).is_absolute():
-        given = f"model is {model!r} and hook is {hook!r}"
-        raise DictionaryError(f"{given}: give the names that SAELens users will look for, not a local path")
+        raise DictionaryError(f"model is {model!r}, hook is {hook!r}: give the names users look for, not a local path")
     said = {name: value for name, value in said.items() if value is not None}
     check_facts(dictionary.facts, {name: said[name] for name in said if name in dictionary.facts}, "memory")
     own = {"config": dataclasses.asdict(dictionary.config), "facts": dictionary.facts | said}

@@ -116,12 +116,8 @@ def train(streams, config: Config | None = None, *, device: str = "cpu") -> Spar
 
 def start(layers: int, d: int, width: int, forced_share: float, draw: torch.Generator) -> tuple[Weights, torch.Tensor]:
     """Kaiming-uniform weights (gain sqrt 2 for encoders, 1 for decoders), zero biases, forced latents at random."""
-
-    def uniform(*shape, bound):
-        return bound * (2 * torch.rand(shape, generator=draw) - 1)
-
-    encoders = uniform(2, layers, d, width, bound=math.sqrt(6 / d))
-    decoders = uniform(2, layers, width, d, bound=math.sqrt(3 / width))
+    plan = ((d, width), math.sqrt(6 / d)), ((width, d), math.sqrt(3 / width))
+    encoders, decoders = (bound * (2 * torch.rand(2, layers, *shape, generator=draw) - 1) for shape, bound in plan)
     forced = torch.zeros(width, dtype=torch.bool)
     forced[torch.randperm(width, generator=draw)[: int(width * forced_share)]] = True
     decoders[1, :, forced] = decoders[0, :, forced]
