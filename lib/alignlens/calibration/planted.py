@@ -123,7 +123,6 @@ def score(planted: Planted, rows: dict[str, np.ndarray], table: pd.DataFrame) ->
 
 def run(regime: str, seed: int, instrument: str, *, samples: int, epochs: float) -> pd.DataFrame:
     """Train one instrument on one planted world and score it: ``score`` with regime, seed, instrument, samples, r2.
-
     instrument : "alignlens" (ours), "l1" (the same with an L1 penalty), "published" (SPARC, its labels read as
     ours)."""
     if instrument not in INSTRUMENTS:

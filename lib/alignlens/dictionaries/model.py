@@ -105,10 +105,9 @@ class Config:
 
 
 def published(d: int, *, width: int = 16_384, k: float = 64, **changes) -> Config:
-    """The published study's autoencoder of a stream with d dimensions (arXiv 2606.09850, SAELens' BatchTopK).
-
-    Raw inputs, decoder rows of norm 0.1 left free, threshold a running mean of the smallest kept code; Adam 3e-4 after
-    a warm-up of 100 of about 2,000 steps of 1,024 rows; auxiliary loss 1.0 over d / 2 dead latents."""
+    """The published study's autoencoder of a stream with d dimensions (arXiv 2606.09850, SAELens' BatchTopK). Raw
+    inputs, decoder rows of norm 0.1 left free, threshold a running mean of the smallest kept code; Adam 3e-4 after a
+    warm-up of 100 of about 2,000 steps of 1,024 rows; auxiliary loss 1.0 over d / 2 dead latents."""
     values = {
         "batch_size": 1024, "learning_rate": 3e-4, "warmup": 0.05, "decay": 0.0, "epochs": 1, "aux_weight": 1.0,
         "aux_k": max(1, d // 2), "dead_after": 1_024_000, "reseed": 0, "refit": 0, "seed": 42, "published": True,
@@ -119,7 +118,6 @@ def published(d: int, *, width: int = 16_384, k: float = 64, **changes) -> Confi
 @dataclass(frozen=True, eq=False)
 class Dictionary:
     """A trained dictionary, in the streams' own units: the scale that training used is folded into the float32 weights.
-
     A code is what the encoder gives where it exceeds the threshold, else 0. Joined decoder rows have norm 1."""
 
     encoder: np.ndarray  # [D, w]

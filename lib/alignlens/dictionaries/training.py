@@ -20,8 +20,7 @@ from alignlens.dictionaries.model import CHUNK, Config, Dictionary, Joined, join
 CALIBRATION_ROWS = 65_536  # from which the fixed threshold is told
 RESEED_ROWS, RARE = 32_768, 5  # firings in so many rows below which a latent may start again: about as rare as dead
 TWIN, MOST = 0.8, 1024  # cosine from which two directions are one; latents started again at once
-WORSE = 1.05  # error after refitting over error before, above which the trained rows stay
-RIDGE = 0.1  # of the mean code energy of a latent
+WORSE, RIDGE = 1.05, 0.1  # error after refitting over before, above which trained rows stay; share of mean code energy
 REFIT_ROWS, ROWS_A_LATENT = 98_304, 64  # at most; enough that a latent's row is the mean of many firings
 SHARING = 50  # rows that must have a direction in common before a latent starts from it
 
@@ -77,7 +76,6 @@ def on_support(target: torch.Tensor, codes: Codes, decoder: torch.Tensor, rounds
 
 def train(streams, config: Config | None = None, *, facts: dict | None = None, device: str = "cpu") -> Dictionary:
     """Train a dictionary on named streams: name -> [rows, d] or [rows, layers, d], row i the same token in all.
-
     {"base": x} is a sparse autoencoder, {"base": x, "aligned": y} a crosscoder; memory-mapped arrays are read batch by
     batch. facts : kept, for ``Dictionary.load`` to check. Raises DictionaryError for streams that do not fit each
     other, hold NaN, or are fewer rows than a batch; for settings out of range; and if training diverges."""
@@ -241,9 +239,8 @@ class Trainer:
         """Start latents that hardly fire again where the others leave a common error."""
         x = self.take(order[:RESEED_ROWS])
         pre = torch.addmm(self.encoder_bias, x, self.encoder.T)
-        rows, columns = torch.nonzero(pre > max(self.threshold, 1e-9), as_tuple=True)
-        codes = Codes(rows, columns, pre[rows, columns], pre.shape)
-        fired = torch.bincount(columns, minlength=self.config.width)
+        places = torch.nonzero(pre > max(self.threshold, 1e-9), as_tuple=True)
+        codes, fired = Codes(*places, pre[places], pre.shape), torch.bincount(places[1], minlength=self.config.width)
         free = torch.nonzero(fired[self.tied :] < RARE)[:MOST, 0] + self.tied
         if not len(free):
             return
@@ -297,9 +294,8 @@ class Trainer:
 
 
 def shared_directions(error: torch.Tensor, count: int, draw: torch.Generator, rounds: int = 10) -> torch.Tensor:
-    """Unit directions [count, D] along which some rows of the error [n, D] lie far out: candidates for new latents.
-
-    By power iteration, from single rows drawn by their energy, over the ``SHARING`` rows that lie furthest along each
+    """Unit directions [count, D] along which some rows of the error [n, D] lie far out: candidates for new latents. By
+    power iteration, from single rows drawn by their energy, over the ``SHARING`` rows that lie furthest along each
     direction: a sparse direction is a fixed point of that step, a mixture is not."""
     energy, found = error.square().sum(1).cpu(), []
     few = count > int((energy > 0).sum())
@@ -318,11 +314,10 @@ def _sharing_cut(along: torch.Tensor) -> torch.Tensor:
 
 
 def refit(dictionary: Dictionary, joined: Joined, scale: torch.Tensor, order: torch.Tensor) -> Dictionary:
-    """Decoder rows that rebuild a sample of rows best, codes being solved for on the latents that fire.
-
-    A ridge towards the trained rows decides what the data leave open: how latents that fire together share a direction.
-    Where most is left open (few rows for the width, codes far from sparse) the result would rebuild worse than the
-    trained rows, by the codes as the encoder gives them: then these stay. facts["refit"] says which it was."""
+    """Decoder rows that rebuild a sample of rows best, codes being solved for on the latents that fire. A ridge towards
+    the trained rows decides what the data leave open: how latents that fire together share a direction. Where most is
+    left open (few rows for the width, codes far from sparse) the result would rebuild worse than the trained rows, by
+    the codes as the encoder gives them: then these stay. facts["refit"] says which it was."""
     sample = np.sort(order[: min(ROWS_A_LATENT * dictionary.width, REFIT_ROWS)].numpy())
     decoder, bias = (torch.from_numpy(a.copy()) for a in (dictionary.decoder, dictionary.decoder_bias))
     for _ in range(dictionary.config.refit):

@@ -22,8 +22,7 @@ EXCLUSIVE = ("base_only", "aligned_only")
 CLASSES = (*EXCLUSIVE, *SHARED, "other")
 # The published fixed cuts on rho: used where no mixture can be fitted, or with `labels(table, FIXED)`.
 FIXED = {"base_only": 0.15, "aligned_only": 0.85, "shared_low": 0.35, "shared_high": 0.65}
-CANDIDATES = 256  # base rows that the regressions of windows and corrected ones start from
-MIN_DENSITY = 0.01  # of a latent that corrected geometry looks at
+CANDIDATES, MIN_DENSITY = 256, 0.01  # base rows that (not published) regressions start from; of latents in geometry
 PINV = ("singular_mean", "singular_std", "condition", "angle_degrees")
 PROCRUSTES = ("residual", "unrotated", "null_mean", "null_low", "p")
 
@@ -41,11 +40,9 @@ def classify(sparc: Sparc, streams) -> pd.DataFrame:
     norms = np.linalg.norm([base, aligned], axis=-1)  # [s, l, w]
     theta = np.einsum("lwd,lwd->lw", base, aligned) / np.maximum(norms.prod(0), 1e-12)
     norm_base, norm_aligned = norms.sum(1)
-    columns = {
-        "latent": np.arange(base.shape[1]), "forced": sparc.forced,
-        "rho": norm_aligned / (norm_base + norm_aligned + 1e-8), "theta": theta.mean(0),
-        "norm_base": norm_base, "norm_aligned": norm_aligned,
-    }  # fmt: skip
+    rho = norm_aligned / (norm_base + norm_aligned + 1e-8)
+    columns = {"latent": np.arange(len(rho)), "forced": sparc.forced, "rho": rho, "theta": theta.mean(0)}
+    columns |= {"norm_base": norm_base, "norm_aligned": norm_aligned}
     if len(norms[0]) > 1:  # a window of layers
         share = norms.sum(0) / np.maximum(norms.sum(0).sum(0), 1e-8)
         entropy, least = -(share * np.log(share + 1e-8)).sum(0) / np.log(len(share)), np.abs(theta).min(0)
@@ -57,7 +54,7 @@ def classify(sparc: Sparc, streams) -> pd.DataFrame:
     both = {"density": fires, "cf": mean}
     columns |= {f"{name}_{stream}": both[name][i] for name in both for i, stream in enumerate(STREAMS)}
     table = pd.DataFrame(columns | {"cf_shift": mean[1] - mean[0]})
-    cuts, components = adaptive(table["rho"].to_numpy())
+    cuts, components = adaptive(rho)
     table["label"] = labels(table, cuts)
     table.attrs |= {"thresholds": cuts, "components": components}
     return table
@@ -93,8 +90,7 @@ def adaptive(rho: np.ndarray) -> tuple[dict[str, float], int | None]:
         (_, first, narrow), (_, last, wide) = components[0], components[-1]  # means and deviations
         base_only, aligned_only = np.clip(min(low, first + 2 * narrow), 0.05, 0.4), max(high, last - 2 * wide)
         cuts = base_only, np.clip(aligned_only, 0.5, 0.98), low, high
-        if len(components) == 2:
-            cuts = [low] * 4
+        cuts = [low] * 4 if len(components) == 2 else cuts
     return dict(zip(FIXED, map(float, cuts), strict=True)), len(components) or None
 
 
@@ -121,7 +117,6 @@ def _crossing(left: np.ndarray, right: np.ndarray) -> float:
 
 def feature_sharing_ratio(table: pd.DataFrame) -> dict[str, float]:
     """Shared latents over shared + exclusive ones (`single_layer`) and over all (`multi_layer`), as published.
-
     Untrained latents count as shared (rho near 0.5), forced ones as shared_aligned: for the ratio of trained, free ones
     pass `table[~table.forced & (table.density_base > 0)]`. NaN if empty."""
     shared, exclusive = table["label"].isin(SHARED).sum(), table["label"].isin(EXCLUSIVE).sum()
@@ -134,11 +129,11 @@ def superposition(sparc: Sparc, table: pd.DataFrame, *, corrected=False, max_lat
 
     published: alpha 0.01 in scikit-learn's units, where all weights are zero once alpha >= alpha_max = max |X'y| / d.
     For unit vectors alpha_max <= 1 / d, so the test is silent from d = 100 on (`can_fire`). Counted if r2 > 0.8 with 2
-    to 50 non-zeros; windows: unit vectors, r2 >= 0.5, 2 or more, one of another layer. corrected: unit vectors, alpha =
-    alpha_max / 10, and p <= 0.05 for the share of random directions (Gaussian mixtures of the aligned rows) that need
-    no more non-zeros. Windows and `corrected` regress on the 256 base rows of largest |cosine|. One row a latent, at
-    most `max_latents`, drawn at random of `attrs["aligned_only"]`; layer and part_layers are positions in the window,
-    parts base latents by weight."""
+    to 50 non-zeros; windows: unit vectors, r2 >= 0.5, 2 or more, one of another layer. corrected: unit vectors,
+    alpha = alpha_max / 10, and p <= 0.05 for the share of random directions (Gaussian mixtures of the aligned rows)
+    that need no more non-zeros. Windows and `corrected` regress on the 256 base rows of largest |cosine|. One row a
+    latent, at most `max_latents`, drawn at random of `attrs["aligned_only"]`; layer and part_layers are positions in
+    the window, parts base latents by weight."""
     base, aligned = sparc.decoders.astype(np.float64)
     home, windowed = np.linalg.norm(aligned, axis=-1).argmax(0), len(base) > 1  # the layer where a latent writes most
     if corrected or windowed:
@@ -197,8 +192,7 @@ def shared_geometry(sparc: Sparc, table: pd.DataFrame, *, corrected=False, permu
     rng, rows = np.random.default_rng(0), []
     for layer, (base, aligned) in enumerate(zip(*sparc.decoders.astype(np.float64), strict=True)):
         for name in (*SHARED, "all_shared"):
-            members = table["label"].isin(SHARED if name == "all_shared" else [name])
-            latents = table.loc[members & live, "latent"]
+            latents = table["latent"][live & table["label"].isin(SHARED if name == "all_shared" else [name])]
             row = {"layer": layer, "label": name, "n": len(latents)}
             if len(latents) >= 10:
                 pair = base[latents], aligned[latents]
@@ -208,10 +202,9 @@ def shared_geometry(sparc: Sparc, table: pd.DataFrame, *, corrected=False, permu
 
 
 def _pinv_map(base: np.ndarray, aligned: np.ndarray) -> dict[str, float]:
-    """Published numbers of the map T with T base_i ~ aligned_i; rows [n, d]."""
+    """Numbers of the map T with T base_i ~ aligned_i; rows [n, d]."""
     t = aligned.T @ base @ np.linalg.pinv(base.T @ base)
-    singular, moved = np.linalg.svd(t, compute_uv=False), base @ t.T
-    cosine = np.abs((unit(base) * unit(moved)).sum(1)).clip(max=1)
+    singular, cosine = np.linalg.svd(t, compute_uv=False), np.abs((unit(base) * unit(base @ t.T)).sum(1)).clip(max=1)
     condition = singular[0] / singular[-1] if singular[-1] > 1e-12 else math.inf
     numbers = singular.mean(), singular.std(), condition, np.degrees(np.arccos(cosine)).mean()
     return dict(zip(PINV, numbers, strict=True))

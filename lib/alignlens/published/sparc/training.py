@@ -125,9 +125,8 @@ def start(layers: int, d: int, width: int, forced_share: float, draw: torch.Gene
 
 
 def encode(weights: Weights, x: torch.Tensor, topk: int) -> torch.Tensor:
-    """[s, n, l, d] -> [s, n, l, w]: relu of the pre-activations h where the mask is on.
-
-    One mask for both streams and all layers: the topk // 2 largest layer means of h of each stream, united."""
+    """[s, n, l, d] -> [s, n, l, w]: relu of the pre-activations h where the mask is on. One mask for both streams and
+    all layers: the topk // 2 largest layer means of h of each stream, united."""
     h = torch.einsum("snld,sldw->snlw", x, weights.encoders) + weights.biases[:, None]
     top = h.mean(2).topk(topk // 2, dim=-1).indices
     mask = torch.zeros_like(h[:, :, 0]).scatter_(-1, top, 1).amax(0)
@@ -139,10 +138,9 @@ def decode(weights: Weights, z: torch.Tensor) -> torch.Tensor:
 
 
 def loss(weights: Weights, x: torch.Tensor, forced: torch.Tensor, config: Config) -> tuple:
-    """The loss and its parts on a batch [s, n, l, d], the codes and the reconstruction.
-
-    MSE averages over rows, layers and dimensions and is summed over streams. L1 = mean over rows of sum_w z_w * norm_w:
-    z_w is averaged over streams and layers, norm_w summed over both."""
+    """The loss and its parts on a batch [s, n, l, d], the codes and the reconstruction. MSE averages over rows, layers
+    and dimensions and is summed over streams. L1 = mean over rows of sum_w z_w * norm_w: z_w is averaged over streams
+    and layers, norm_w summed over both."""
     z = encode(weights, x, config.topk)
     rebuilt = decode(weights, z)
     mse = {"self": (x - rebuilt).square(), "cross": (x - decode(weights, z.flip(0))).square()}
@@ -178,9 +176,8 @@ def _numbers(x: torch.Tensor, z: torch.Tensor, rebuilt: torch.Tensor) -> dict[st
     """The published numbers of one batch."""
     variance = x.var((1, 3), correction=1 if x.shape[2] == 1 else 0)  # as published: n in a window
     fve = (1 - (x - rebuilt).square().mean((1, 3)) / (variance + 1e-8)).mean(1)
-    fires = z > 0
-    numbers = _per_stream("fve", fve) | _per_stream("l0", fires.sum(-1).float().mean((1, 2)))
-    return numbers | {"dead": 1 - float(fires.any(2).any(1).any(0).float().mean())}
+    numbers = _per_stream("fve", fve) | _per_stream("l0", (z > 0).sum(-1).float().mean((1, 2)))
+    return numbers | {"dead": 1 - float((z > 0).any(2).any(1).any(0).float().mean())}
 
 
 def _per_stream(name: str, values) -> dict[str, float]:
