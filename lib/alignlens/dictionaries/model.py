@@ -95,9 +95,9 @@ class Config:
     learning_rate: float = 3e-3  # of Adam; rises linearly over `warmup`, falls over the last `decay` of the steps
     warmup: float = 0.02
     decay: float = 0.3
-    aux_weight: float = 0.3  # of the auxiliary loss: what the others leave, rebuilt by latents silent for `dead_after`
-    aux_k: int = 128  # rows, at most aux_k a row
-    dead_after: int = 5000
+    aux_weight: float = 0.3  # of the auxiliary loss: silent latents learn to rebuild what the others leave
+    aux_k: int = 128  # silent latents a row, at most
+    dead_after: int = 5000  # rows without firing after which a latent is silent
     reseed: int = 4  # times, in the middle half of training, that latents which hardly fire start again
     refit: int = 2  # rounds of least squares at the end: decoder angles and norms several times more exact
     seed: int = 0  # of the initial weights and the order of rows

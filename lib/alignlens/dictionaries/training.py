@@ -20,7 +20,7 @@ from alignlens.dictionaries.model import CHUNK, Config, Dictionary, Joined, join
 CALIBRATION_ROWS = 65_536  # from which the fixed threshold is told
 RESEED_ROWS, RARE = 32_768, 5  # firings in so many rows below which a latent may start again: about as rare as dead
 TWIN, MOST = 0.8, 1024  # cosine from which two directions are one; latents started again at once
-WORSE, RIDGE = 1.05, 0.1  # error after refitting over before, above which trained rows stay; share of mean code energy
+WORSE, RIDGE = 1.05, 0.1  # error after / before refitting above which it is dropped; of the mean code energy
 REFIT_ROWS, ROWS_A_LATENT = 98_304, 64  # at most; enough that a latent's row is the mean of many firings
 SHARING = 50  # rows that must have a direction in common before a latent starts from it
 

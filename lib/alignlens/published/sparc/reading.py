@@ -22,7 +22,7 @@ EXCLUSIVE = ("base_only", "aligned_only")
 CLASSES = (*EXCLUSIVE, *SHARED, "other")
 # The published fixed cuts on rho: used where no mixture can be fitted, or with `labels(table, FIXED)`.
 FIXED = {"base_only": 0.15, "aligned_only": 0.85, "shared_low": 0.35, "shared_high": 0.65}
-CANDIDATES, MIN_DENSITY = 256, 0.01  # base rows that (not published) regressions start from; of latents in geometry
+CANDIDATES, MIN_DENSITY = 256, 0.01  # base rows a regression starts from; of latents in corrected geometry
 PINV = ("singular_mean", "singular_std", "condition", "angle_degrees")
 PROCRUSTES = ("residual", "unrotated", "null_mean", "null_low", "p")
 
