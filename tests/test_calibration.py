@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from alignlens import calibration, dictionaries
-from alignlens.calibration import KINDS, Planted, Regime, running
+from alignlens.calibration import KINDS, Planted, Regime
 from alignlens.calibration.planted import SHARES
 from alignlens.core.errors import DictionaryError
 
@@ -230,7 +230,7 @@ def test_the_easy_regime_is_recovered(seed):
 @pytest.mark.parametrize("instrument", calibration.INSTRUMENTS)
 def test_each_instrument_is_scored_in_the_same_columns(monkeypatch, instrument):
     monkeypatch.setitem(calibration.REGIMES, "small", SMALL)
-    monkeypatch.setattr(running, "HELD_OUT", 2000)
+    monkeypatch.setattr(calibration.planted, "HELD_OUT", 2000)
     table = calibration.run("small", 0, instrument, samples=4000, epochs=1)
     assert list(table.kind) == list(KINDS) and (table.instrument == instrument).all()
     columns = ["planted", "found", "recall", "labelled", "false_discovery", "regime", "seed", "samples", "r2", "live"]

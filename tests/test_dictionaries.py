@@ -12,11 +12,9 @@ import torch
 from alignlens import calibration, dictionaries
 from alignlens.core.errors import DictionaryError
 from alignlens.core.store import write_arrays
-from alignlens.dictionaries import Config, Dictionary, training
-from alignlens.dictionaries import streams as streams_module
-from alignlens.dictionaries.reseeding import shared_directions
-from alignlens.dictionaries.streams import join
-from alignlens.dictionaries.support import Codes, on_support
+from alignlens.dictionaries import Config, Dictionary, model, training
+from alignlens.dictionaries.model import join
+from alignlens.dictionaries.training import Codes, on_support, shared_directions
 
 ARRAYS = ("encoder", "encoder_bias", "decoder", "decoder_bias", "threshold")
 SMALL = Config(width=20, k=2, steps=160, batch_size=64, dead_after=500, aux_k=8, seed=3)
@@ -157,7 +155,7 @@ def test_results_do_not_depend_on_how_many_rows_are_read_at_once(trained, others
     read = (encode, dictionaries.evaluate, dictionaries.classify)
     codes, quality, table = (f(trained, others) for f in read)
     for chunk in (1, 7, ROWS):
-        monkeypatch.setattr(streams_module, "CHUNK", chunk)
+        monkeypatch.setattr(model, "CHUNK", chunk)
         np.testing.assert_allclose(encode(trained, others), codes, atol=1e-5)
         assert dictionaries.evaluate(trained, others) == pytest.approx(quality, rel=1e-5)
         pd.testing.assert_frame_equal(dictionaries.classify(trained, others), table, rtol=1e-4, atol=1e-5)
@@ -227,7 +225,7 @@ def test_streams_of_another_dictionary_are_refused(trained, streams, change, wor
 
 
 def test_the_row_of_a_bad_value_is_found_beyond_the_first_chunk(trained, streams, monkeypatch):
-    monkeypatch.setattr(streams_module, "CHUNK", 100)
+    monkeypatch.setattr(model, "CHUNK", 100)
     with pytest.raises(DictionaryError, match="row 1234"):
         encode(trained, streams | {"base": with_value(streams["base"], 1234, np.nan)})
 

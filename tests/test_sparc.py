@@ -12,7 +12,7 @@ from alignlens.core.errors import DictionaryError
 from alignlens.dictionaries import unit
 from alignlens.published import sparc
 from alignlens.published.sparc import Config, Sparc, training
-from alignlens.published.sparc.classes import adaptive
+from alignlens.published.sparc.reading import adaptive
 
 N, D, WIDTH, TOPK = 320, 24, 96, 16
 SMALL = Config(width=WIDTH, topk=TOPK)

@@ -1,8 +1,4 @@
-"""Planted features: paired activations with a known answer, and the score of a dictionary's labels against it.
-
-Features are unit directions that fire sparsely; most are in both streams, some are turned, weakened, or in one
-stream only.
-"""
+"""Planted features: paired activations with a known answer, and how well instruments find it."""
 
 from dataclasses import dataclass
 
@@ -10,32 +6,30 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import linear_sum_assignment
 
+from alignlens import dictionaries
+from alignlens.core.errors import DictionaryError
 from alignlens.dictionaries import STREAMS, unit
+from alignlens.published import sparc
 
 KINDS = ("shared_same", "shared_rotated", "shared_attenuated", "base_only", "aligned_only")
 SHARES = (0.5, 0.125, 0.125, 0.125, 0.125)
 MEASURED = {"shared_rotated": "degrees", "shared_attenuated": "ratio"}  # what is measured of a kind besides its label
-ALIKE = 0.9  # cosine from which a latent counts as a planted feature
+INSTRUMENTS = ("alignlens", "l1", "published")
+L1 = 0.05  # of 0.05 and 0.1 the one that found more exclusive features on seed 0 of the easy regime
+HELD_OUT, ALIKE = 50_000, 0.9  # rows on which latents are read; cosine from which one counts as a planted feature
 
 
 @dataclass(frozen=True)
 class Regime:
-    """How hard the planted world is.
+    """How hard the planted world is."""
 
-    features, d : planted directions, dimensions of each stream. rarest, commonest : share of rows on which a feature
-    fires, log-uniform between them (a power law of density with exponent -1). noise : norm of the independent noise of
-    each stream, as a share of the signal's. groups : features fire in groups, each on in a tenth of the rows, where its
-    members are five times as frequent; 0 for independent features. nested : exclusive features fire half of the time
-    together with a shared partner, else alone.
-    """
-
-    features: int = 256
-    d: int = 64
-    rarest: float = 0.005
+    features: int = 256  # planted directions
+    d: int = 64  # dimensions of each stream
+    rarest: float = 0.005  # share of rows on which a feature fires, log-uniform from here to `commonest`
     commonest: float = 0.05
-    noise: float = 0.02
-    groups: int = 0
-    nested: bool = False
+    noise: float = 0.02  # norm of each stream's independent noise, as a share of the signal's
+    groups: int = 0  # features fire in groups, each on in a tenth of the rows, its members five times as often there
+    nested: bool = False  # exclusive features fire half of the time together with a shared partner, else alone
 
 
 REGIMES = {"easy": Regime(), "hard": Regime(features=1024, d=128, rarest=0.001, noise=0.1, groups=64, nested=True)}
@@ -99,14 +93,11 @@ class Planted:
 def score(planted: Planted, rows: dict[str, np.ndarray], table: pd.DataFrame) -> pd.DataFrame:
     """How the labels of live latents compare with what was planted.
 
-    rows : decoder rows, stream -> [latents, d]. table : label (and, where known, degrees and ratio) of each latent.
-    A planted feature is found if its one-to-one partner among the live latents (both streams joined, Hungarian) has a
-    cosine of at least 0.9 with it.
-
-    Returns one row a kind: planted, found (share, whatever the label), recall (share found under its own label),
-    labelled (latents), false_discovery (share of these that are no planted feature of that kind), degrees_error,
-    ratio_error (median and 95th percentile of the absolute error over features found under their own label).
-    """
+    rows : decoder rows, stream -> [latents, d]. table : label (and, where known, degrees and ratio) of each latent. A
+    planted feature is found if its one-to-one partner among the live latents (both streams joined, Hungarian) has a
+    cosine of at least 0.9 with it. Returns one row a kind: planted, found (share, whatever the label), recall (share
+    found under its own label), labelled (latents), false_discovery (share of these that are no planted feature of that
+    kind), degrees_error, ratio_error (median and 95th percentile of the absolute error where the label is right)."""
     live = np.flatnonzero(table.label != "dead")
     table = table.iloc[live].reset_index(drop=True)
     truth = unit(np.concatenate([planted.rows[name] for name in STREAMS], axis=1))
@@ -128,3 +119,35 @@ def score(planted: Planted, rows: dict[str, np.ndarray], table: pd.DataFrame) ->
             row |= {f"{what}_error": np.median(error), f"{what}_error_95": np.quantile(error, 0.95)}
         out.append(row)
     return pd.DataFrame(out)
+
+
+def run(regime: str, seed: int, instrument: str, *, samples: int, epochs: float) -> pd.DataFrame:
+    """Train one instrument on one planted world and score it: ``score`` with regime, seed, instrument, samples, r2.
+    instrument : "alignlens" (ours), "l1" (the same with an L1 penalty), "published" (SPARC, its labels read as
+    ours)."""
+    if instrument not in INSTRUMENTS:
+        raise DictionaryError(f"instrument {instrument!r} is unknown; choose from {', '.join(INSTRUMENTS)}")
+    planted = Planted(regime, seed)
+    streams, test = planted.sample(samples, seed=1), planted.sample(HELD_OUT, seed=2)
+    if instrument == "published":
+        width = round(1.25 * planted.regime.features)
+        config = sparc.Config(width=width, topk=2 * round(planted.l0), epochs=max(1, round(epochs)))
+        found = sparc.train(streams, config)
+        table, rows = sparc.classify(found, test), dict(zip(STREAMS, found.decoders[:, 0], strict=True))
+        silent = np.maximum(table.density_base, table.density_aligned) < dictionaries.CUTS.dead
+        names = {"shared_aligned": "shared_same", "shared_redirected": "shared_rotated"}
+        table["label"] = np.where(silent, "dead", table.label.replace(names))
+        r2 = sparc.quality(found, test)["r2"]
+    else:
+        found = dictionaries.train(streams, config_for(planted, instrument, epochs=epochs, seed=seed))
+        table, rows, r2 = dictionaries.classify(found, test), found.rows(), dictionaries.evaluate(found, test)["r2"]
+    facts = {"regime": regime, "seed": seed, "instrument": instrument, "samples": samples, "r2": r2}
+    return score(planted, rows, table).assign(**facts, live=int((table.label != "dead").sum()))
+
+
+def config_for(planted: Planted, instrument: str, *, epochs: float, seed: int) -> dictionaries.Config:
+    """Settings that a user could choose without the truth, but for k, which follows the world's own sparsity."""
+    width, own = round(1.25 * planted.regime.features), {"k": planted.l0}
+    if instrument == "l1":
+        own = {"activation": "l1", "l1": L1, "k": width, "aux_weight": 0.0, "reseed": 0, "refit": 0}
+    return dictionaries.Config(width=width, epochs=epochs, seed=seed, learning_rate=5e-3, batch_size=512, **own)

@@ -1,9 +1,7 @@
 """What latents do: how often they fire, for which answers and factors, and what changed against the base.
 
-Codes are sparse matrices [tokens, latents] as ``dictionaries.Dictionary.codes`` gives them, tokens those of
-``activations.Tokens``: response tokens of chosen (side 0) and rejected (side 1) answers of pairs (rows). One dictionary
-reads all models of a family at the same tokens, so latent i is the same latent everywhere.
-"""
+Codes are sparse [tokens, latents] as ``Dictionary.codes`` gives them; tokens are ``activations.Tokens`` of chosen (side
+0) and rejected (side 1) answers of pairs (rows). Latent i is the same in all models that one dictionary reads."""
 
 import numpy as np
 import pandas as pd
@@ -17,10 +15,8 @@ ANCHOR_LATENTS, ANCHOR_POSITIONS = 100, 64
 
 
 def responses(codes: csr_array, tokens, *, fires: bool = False) -> np.ndarray:
-    """Mean code (or share of tokens on which it fires) of each latent in each response: [2, pairs, latents].
-
-    Axis 0 is chosen, rejected. Responses that were read under an earlier row (the same text again) hold NaN.
-    """
+    """Mean code (or share of tokens on which it fires) of each latent in each response: [chosen or rejected, pairs,
+    latents]. Responses that were read under an earlier row (the same text again) hold NaN."""
     if codes.shape[0] != len(tokens.row):
         raise DictionaryError(f"{codes.shape[0]} rows of codes for {len(tokens.row)} tokens: read the same tokens")
     pairs = len(tokens.prompt_id)
@@ -34,8 +30,7 @@ def responses(codes: csr_array, tokens, *, fires: bool = False) -> np.ndarray:
 def usage(codes: csr_array, tokens) -> pd.DataFrame:
     """One row a latent: density (share of tokens on which it fires), mean and maximum code, mean where it fires, and
     its preference effect: mean over pairs of (mean code in chosen - in rejected), with a 95 % interval over prompts."""
-    count = np.diff(codes.tocsc().indptr)
-    total = np.asarray(codes.sum(0)).ravel()
+    count, total = np.diff(codes.tocsc().indptr), np.asarray(codes.sum(0)).ravel()
     effect = _over_prompts(np.subtract(*responses(codes, tokens)), tokens.prompt_id)
     columns = {
         "latent": np.arange(codes.shape[1]), "density": count / codes.shape[0], "mean": total / codes.shape[0],
@@ -45,14 +40,11 @@ def usage(codes: csr_array, tokens) -> pd.DataFrame:
 
 
 def change(base: csr_array, variant: csr_array, tokens) -> pd.DataFrame:
-    """Change of a variant against its base, token for token, one row a latent.
-
-    density_change, mean_change (per token), effect_change (of the preference effect), each with _low and _high (95 %,
-    over prompts), and density_p, mean_p, effect_p after Benjamini and Hochberg over the latents that fire in either.
-    """
+    """Change of a variant against its base, token for token, one row a latent: density_change, mean_change (per token),
+    effect_change (of the preference effect), each with _low and _high (95 %, over prompts), and density_p, mean_p,
+    effect_p after Benjamini and Hochberg over the latents that fire in either."""
     out = {"latent": np.arange(base.shape[1])}
-    firing = [responses(codes, tokens, fires=True) for codes in (base, variant)]
-    levels = [responses(codes, tokens) for codes in (base, variant)]
+    firing, levels = ([responses(codes, tokens, fires=f) for codes in (base, variant)] for f in (True, False))
     measures = {
         "density": np.nanmean(firing[1] - firing[0], axis=0),
         "mean": np.nanmean(levels[1] - levels[0], axis=0),
@@ -76,16 +68,12 @@ def _over_prompts(values: np.ndarray, prompt_id: np.ndarray) -> dict[str, np.nda
     return {"": mean, "_low": mean - half, "_high": mean + half}
 
 
-# Factors --------------------------------------------------------------------------------------------------------------
-
-
 def factor_auroc(codes: csr_array, tokens, factors: pd.DataFrame, *, permutations: int = 20, seed: int = 0):
     """How well each latent's mean code in a response tells each binary factor: (latent, factor, auroc), null.
 
-    factors : one row a pair, bool columns ``chosen_NAME`` and ``rejected_NAME``. AUROC below 0.5 marks a latent of
-    the opposite. null : factor, ceiling: 95th percentile over permutations (of prompts) of the largest |AUROC - 0.5|
-    over all latents, plus 0.5; a latent is named after a factor only if it lies outside 1 - ceiling to ceiling.
-    """
+    factors : one row a pair, bool columns ``chosen_NAME`` and ``rejected_NAME``. AUROC below 0.5 marks a latent of the
+    opposite. null : factor, ceiling: 0.5 plus the 95th percentile, over permutations of prompts, of the largest |AUROC
+    - 0.5| of all latents; only a latent outside 1 - ceiling to ceiling is named after the factor."""
     values = responses(codes, tokens)
     names = [c.removeprefix("chosen_") for c in factors if c.startswith("chosen_")]
     truth = np.stack([factors[[f"{side}_{n}" for n in names]].to_numpy(bool) for side in ("chosen", "rejected")])
@@ -109,31 +97,24 @@ def _auroc(ranks: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return (ranks[labels].sum(0) - positive * (positive + 1) / 2) / (positive * (n - positive))
 
 
-# Anchors --------------------------------------------------------------------------------------------------------------
-
-
 def anchors(base: csr_array, variant: csr_array, tokens, *, seed: int = 0) -> pd.DataFrame:
     """What becomes of strongly firing latents at the tokens where they fire most: one row a latent.
 
     Latents are drawn on one half of the prompts, positions on the other. forward : variant / base at the base's
-    strongest tokens, which can only look like a fall where readings scatter. backward : the same at the variant's
-    strongest tokens, which can only look like a rise. ratio : their geometric mean, which is 1 if the two only
-    scatter. published : True for the latent that the published study would have taken, the one with the largest mean
-    on the base, read forward only.
-    """
+    strongest tokens, which can only look like a fall where readings scatter; backward : at the variant's, which can
+    only look like a rise; ratio : their geometric mean, 1 if the two only scatter. published : True for the latent of
+    the largest mean on the base, the only one that the published study read."""
     first = alternating_halves(tokens.prompt_id)[tokens.row] == 0
     rate, mean = (np.asarray(x.mean(0)).ravel() for x in (base[first] > 0, base[first]))
     eligible = np.flatnonzero(rate * first.sum() >= 2 * ANCHOR_POSITIONS)
     if not len(eligible):
         eligible = np.argsort(-rate)[: max(1, len(rate) // 10)]
-    drawn = np.random.default_rng(seed).permutation(eligible)[:ANCHOR_LATENTS]
-    top = int(mean.argmax())
+    drawn, top = np.random.default_rng(seed).permutation(eligible)[:ANCHOR_LATENTS], int(mean.argmax())
     latents = np.unique(np.append(drawn, top))
     a, b = (codes[~first][:, latents].toarray() for codes in (base, variant))
     forward, backward = _ratio_at_top(a, a, b), _ratio_at_top(b, a, b)
-    ratio = np.sqrt(forward * backward)
-    columns = {"latent": latents, "forward": forward, "backward": backward, "ratio": ratio, "published": latents == top}
-    return pd.DataFrame(columns)
+    columns = {"latent": latents, "forward": forward, "backward": backward, "ratio": np.sqrt(forward * backward)}
+    return pd.DataFrame(columns | {"published": latents == top})
 
 
 def _ratio_at_top(by: np.ndarray, base: np.ndarray, variant: np.ndarray) -> np.ndarray:
@@ -142,16 +123,9 @@ def _ratio_at_top(by: np.ndarray, base: np.ndarray, variant: np.ndarray) -> np.n
     return above / np.maximum(below, 1e-9)
 
 
-# Examples -------------------------------------------------------------------------------------------------------------
-
-
-def examples(
-    codes: csr_array, tokens, latent: int, *, bands: int = 4, per_band: int = 3, seed: int = 0
-) -> pd.DataFrame:
-    """Tokens at which a latent fires, drawn from each quantile band of its codes, at most one a prompt.
-
-    Returns index (into the tokens), band (0 strongest), code. Only the strongest would show it at its most flattering.
-    """
+def examples(codes: csr_array, tokens, latent: int, *, bands=4, per_band=3, seed=0) -> pd.DataFrame:
+    """Tokens at which a latent fires, drawn from each quantile band of its codes, at most one a prompt: index (into the
+    tokens), band (0 strongest), code. Only the strongest would show it at its most flattering."""
     column = codes[:, [latent]].tocoo()
     found = pd.DataFrame({"index": column.row.astype(int), "code": column.data.astype(float)})
     found["prompt"] = tokens.prompt_id[tokens.row[found["index"]]]

@@ -1,8 +1,6 @@
 """Dictionaries in SAELens' layout, a folder with cfg.json and sae_weights.safetensors; SAELens itself is not needed.
 
-A sparse autoencoder with a threshold is a JumpReLU SAE there, whatever it was trained with. SAELens knows one stream at
-one hook: crosscoders and windows of layers have no place in it. As of SAELens 6.54.12.
-"""
+A sparse autoencoder with a threshold is a JumpReLU SAE there; crosscoders and windows of layers have no place in it."""
 
 import dataclasses
 import json
@@ -15,10 +13,10 @@ from safetensors.torch import load_file
 from alignlens.core.errors import DictionaryError
 from alignlens.core.files import replacing_folder
 from alignlens.core.store import write_arrays, write_json
-from alignlens.dictionaries.config import Config
-from alignlens.dictionaries.model import Dictionary, check_facts
+from alignlens.dictionaries.model import ARRAYS, Config, Dictionary, check_facts
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+THEIRS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")  # the weights' names, in the order of ARRAYS
 VERSION = "6.54.12"  # of the layout; below 6 SAELens reads the file as an older one
 UNIT = 2e-6  # a decoder row this near to norm 1 is left as it is, so that what we wrote comes back to the bit
 NAMES = {"model": "model_name", "hook": "hook_name", "context": "context_size"}  # of facts -> of SAELens' metadata
@@ -28,30 +26,18 @@ SUPPORTED = {  # field of cfg.json -> what a fixed threshold and fixed weights c
 }  # fmt: skip
 
 
-def to_saelens(
-    dictionary: Dictionary, folder: str | Path, *, model: str, hook: str, context: int | None = None
-) -> Path:
+def to_saelens(dictionary: Dictionary, folder, *, model: str, hook: str, context: int | None = None) -> Path:
     """Write a sparse autoencoder as a JumpReLU SAE that SAELens opens with ``SAE.load_from_disk(folder)``.
 
-    Parameters
-    ----------
-    dictionary : of one stream with rows of shape (d,). The bias taken off the input is folded in already, so
-        apply_b_dec_to_input is false and the weights go out unchanged: W_enc [d, w], W_dec [w, d], b_enc and threshold
-        [w], b_dec [d], float32. The history of the training stays behind.
-    folder : made by this call, whole or not at all; one that exists must be empty.
-    model, hook : names of the model and of the hook whose activations it reads, such as "blocks.3.hook_resid_post".
-    context : tokens of context the activations were read with.
-
-    Returns the folder. Raises DictionaryError for a crosscoder or a window, for a hook or model that differs from the
-    dictionary's facts, for a local path as the model's name, and for a folder that holds something.
-    """
+    dictionary : of one stream [rows, d]; weights go out unchanged, the history stays behind. folder : made by this
+    call, whole or not at all; one that exists must be empty. model, hook : names, such as "blocks.3.hook_resid_post".
+    context : tokens of context. Returns the folder. Raises DictionaryError for a crosscoder or a window, for a hook or
+    model that differs from the facts, for a local path as the model's name, and for a folder that holds something."""
     (d, width), said = dictionary.encoder.shape, {"model": model, "hook": hook, "context": context}
     if [len(shape) for shape in dictionary.shapes.values()] != [1]:
-        several = f"{dictionary.shapes}; SAELens has no architecture for several streams or layers"
-        raise DictionaryError(f"this dictionary reads {several}: keep it with Dictionary.save")
+        raise DictionaryError(f"SAELens has no architecture for {dictionary.shapes}: keep it with Dictionary.save")
     if not model or not hook or Path(model).is_absolute():
-        given = f"model is {model!r} and hook is {hook!r}"
-        raise DictionaryError(f"{given}: give the names that SAELens users will look for, not a local path")
+        raise DictionaryError(f"model is {model!r}, hook is {hook!r}: give the names users look for, not a local path")
     said = {name: value for name, value in said.items() if value is not None}
     check_facts(dictionary.facts, {name: said[name] for name in said if name in dictionary.facts}, "memory")
     own = {"config": dataclasses.asdict(dictionary.config), "facts": dictionary.facts | said}
@@ -63,13 +49,10 @@ def to_saelens(
             "context_size": context, "alignlens": own,
         },
     }  # fmt: skip
-    arrays = {
-        "W_enc": dictionary.encoder, "b_enc": dictionary.encoder_bias, "W_dec": dictionary.decoder,
-        "b_dec": dictionary.decoder_bias, "threshold": dictionary.threshold,
-    }  # fmt: skip
+    arrays = {t: np.asarray(getattr(dictionary, o), np.float32) for t, o in zip(THEIRS, ARRAYS, strict=True)}
     try:
         with replacing_folder(folder) as made:
-            write_arrays(made / WEIGHTS, {name: np.asarray(array, np.float32) for name, array in arrays.items()})
+            write_arrays(made / WEIGHTS, arrays)
             write_json(made / CONFIG, words)
     except FileExistsError as error:
         raise DictionaryError(f"{error}: name a new folder, or empty it first") from error
@@ -79,18 +62,11 @@ def to_saelens(
 def from_saelens(folder: str | Path, *, stream: str = "base") -> Dictionary:
     """Read a folder that ``to_saelens`` or SAELens wrote (``save_inference_model``, ``save_model`` of a loaded SAE).
 
-    Standard (ReLU) SAEs get a threshold of 0. The decoder's bias that SAELens takes off the input is folded into the
-    encoder's, and decoder rows are given norm 1 with codes scaled to match, as SAELens does when it loads with
-    ``fold_W_dec_norm=True``: what the dictionary rebuilds does not change. Half precision is read as float32. What
-    ``to_saelens`` wrote comes back to the bit, but for the history. An SAE of attention heads (hook_z) reads rows with
-    the heads side by side.
-
-    stream : the name its input gets. Facts hold model, hook, context and, for SAEs trained elsewhere, what SAELens says
-    of their training (``Config`` then holds width and k only): compare them with ``dictionaries.check_facts``.
-
-    Raises DictionaryError naming file and field: missing or damaged files, an architecture without a fixed threshold,
-    normalised inputs, weights that are missing, misshapen or not finite.
-    """
+    Standard (ReLU) SAEs get a threshold of 0; a decoder's bias taken off the input is folded into the encoder's,
+    decoder rows get norm 1 with codes scaled to match. What ``to_saelens`` wrote comes back to the bit, but for the
+    history. stream : the name its input gets (heads of a hook_z side by side). Facts hold model, hook, context and, for
+    SAEs trained elsewhere, what SAELens says of their training: compare them with ``check_facts``. Raises
+    DictionaryError naming file and field for folders that are damaged or no SAE of raw inputs with fixed thresholds."""
     folder = Path(folder)
     try:
         words = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -117,8 +93,7 @@ def _check(words: dict, arrays: dict[str, np.ndarray], folder: Path) -> None:
     """Raise DictionaryError for what cannot be read; a standard SAE gets its threshold of 0."""
     d, width = words.get("d_in"), words.get("d_sae")
     shapes = {"W_enc": (d, width), "b_enc": (width,), "W_dec": (width, d), "b_dec": (d,), "threshold": (width,)}
-    found = {name: words.get(name) for name in SUPPORTED}
-    wrong = {name: value for name, value in found.items() if value not in SUPPORTED[name]}
+    wrong = {name: words.get(name) for name, values in SUPPORTED.items() if words.get(name) not in values}
     wrong |= {name: "in the weights" for name in set(arrays) - set(shapes)}
     if wrong:
         can = "standard and jumprelu SAEs of raw inputs can be read (save_inference_model writes a BatchTopK one so)"

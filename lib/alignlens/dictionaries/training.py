@@ -1,60 +1,102 @@
-"""Training: BatchTopK or an L1 penalty, every gradient in closed form on the kept codes alone.
+"""Training: BatchTopK or an L1 penalty, every gradient in closed form on the kept codes alone; least squares at the
+end.
 
 BatchTopK (Bussmann et al., arXiv 2412.06410; for crosscoders Minder et al., arXiv 2504.02922) keeps the k x rows
-largest codes of a batch. They are a few percent of all, so only the encoder's product is dense.
-"""
+largest codes of a batch, a few percent of all, so only the encoder's product is dense."""
 
 import dataclasses
+import itertools
 import math
+import warnings
 
 import numpy as np
 import pandas as pd
 import torch
+from torch.nn.functional import normalize
 
 from alignlens.core.errors import DictionaryError
-from alignlens.dictionaries import reseeding
-from alignlens.dictionaries.config import Config, check
-from alignlens.dictionaries.model import Dictionary
-from alignlens.dictionaries.refitting import refit
-from alignlens.dictionaries.streams import CHUNK, Joined, join, moments
-from alignlens.dictionaries.support import Codes, on_support
+from alignlens.dictionaries.model import CHUNK, Config, Dictionary, Joined, join, moments, unit
 
 CALIBRATION_ROWS = 65_536  # from which the fixed threshold is told
+RESEED_ROWS, RARE = 32_768, 5  # firings in so many rows below which a latent may start again: about as rare as dead
+TWIN, MOST = 0.8, 1024  # cosine from which two directions are one; latents started again at once
+WORSE, RIDGE = 1.05, 0.1  # error after / before refitting above which it is dropped; of the mean code energy
+REFIT_ROWS, ROWS_A_LATENT = 98_304, 64  # at most; enough that a latent's row is the mean of many firings
+SHARING = 50  # rows that must have a direction in common before a latent starts from it
+
+
+class Codes:
+    """Kept codes of a batch: row, column and value of each, ordered by row."""
+
+    def __init__(self, rows, columns, values, shape):
+        self.rows, self.columns, self.values, self.shape = rows, columns, values, shape
+        self.dense = len(values) > 0.1 * math.prod(shape)  # so many that plain matrices are faster, as with L1
+
+    def matrix(self, values: torch.Tensor) -> torch.Tensor:
+        """[n, w] of the values at the codes' places, sparse unless ``dense``."""
+        if self.dense:
+            return torch.zeros(self.shape, device=values.device).index_put_((self.rows, self.columns), values)
+        return _csr(self.rows, self.columns, values, self.shape)
+
+    def transposed(self, values: torch.Tensor) -> torch.Tensor:
+        if self.dense:
+            return self.matrix(values).T
+        order = torch.argsort(self.columns, stable=True)
+        return _csr(self.columns[order], self.rows[order], values[order], self.shape[::-1])
+
+    def along(self, gradient: torch.Tensor, decoder: torch.Tensor) -> torch.Tensor:
+        """Products of each code's row of ``gradient`` [n, D] and its latent's decoder row: [codes]."""
+        if self.dense:
+            return (gradient @ decoder.T)[self.rows, self.columns]
+        return (gradient[self.rows] * decoder[self.columns]).sum(1)
+
+
+def _csr(rows, columns, values, shape) -> torch.Tensor:
+    starts = torch.zeros(shape[0] + 1, dtype=torch.int64, device=rows.device)
+    starts[1:] = torch.bincount(rows, minlength=shape[0]).cumsum(0)
+    with warnings.catch_warnings():  # torch says once a process that such tensors are in beta
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+        return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
+
+
+def on_support(target: torch.Tensor, codes: Codes, decoder: torch.Tensor, rounds: int = 15) -> torch.Tensor:
+    """Values of the codes that rebuild target [n, D] (without the decoder's bias) best, by projected gradient steps."""
+    out = torch.empty_like(codes.values)
+    places = torch.searchsorted(codes.rows, torch.arange(0, len(target) + 512, 512, device=codes.rows.device))
+    for i, (first, last) in enumerate(itertools.pairwise(places.tolist())):  # small pieces stay in the cache
+        x, columns = target[512 * i : 512 * (i + 1)], codes.columns[first:last]
+        rows, values, latents = codes.rows[first:last] - 512 * i, codes.values[first:last], decoder[columns]
+        for _ in range(rounds):
+            error = x - _csr(rows, columns, values, (len(x), len(decoder))) @ decoder
+            # Below 1 because latents that fire together overlap; 15 such steps leave under 1 % of what is to be gained.
+            values = (values + 0.7 * (error[rows] * latents).sum(1)).clamp(min=0)
+        out[first:last] = values
+    return out
 
 
 def train(streams, config: Config | None = None, *, facts: dict | None = None, device: str = "cpu") -> Dictionary:
-    """Train a dictionary on named streams.
-
-    Parameters
-    ----------
-    streams : name -> [rows, d] or [rows, layers, d], row i the same token in all; float16 or float32, memory-mapped
-        arrays are read batch by batch. {"base": x} is a sparse autoencoder, {"base": x, "aligned": y} a crosscoder.
-    facts : kept with the dictionary, for ``Dictionary.load`` to check.
-
-    Raises
-    ------
-    DictionaryError for streams that do not fit each other, hold NaN, or are fewer rows than a batch; for settings out
-    of range; and if training diverges.
-    """
-    config, joined = config or Config(), join(streams)
-    shapes = {name: tuple(x.shape[1:]) for name, x in streams.items()}
-    check(config, len(joined), shapes)
-    trainer = Trainer(joined, shapes, config, device)
+    """Train a dictionary on named streams: name -> [rows, d] or [rows, layers, d], row i the same token in all.
+    {"base": x} is a sparse autoencoder, {"base": x, "aligned": y} a crosscoder; memory-mapped arrays are read batch by
+    batch. facts : kept, for ``Dictionary.load`` to check. Raises DictionaryError for streams that do not fit each
+    other, hold NaN, or are fewer rows than a batch; for settings out of range; and if training diverges."""
+    c, joined = config or Config(), join(streams)
+    shapes, rows = {name: tuple(x.shape[1:]) for name, x in streams.items()}, len(joined)
+    least = min(c.learning_rate, c.epochs, c.batch_size, 1 if c.steps is None else c.steps)
+    alike, shares = len(shapes) > 1 and len(set(shapes.values())) == 1, (c.shared, c.warmup, c.decay)
+    problems = {
+        "activation must be batchtopk or l1": c.activation not in ("batchtopk", "l1"),
+        f"k {c.k} must lie between 0 and width {c.width}": not 0 < c.k <= c.width,
+        f"{rows} rows cannot fill a batch of {c.batch_size}: give more, or a smaller batch_size": rows < c.batch_size,
+        "learning_rate, epochs, batch_size and steps must be positive": least <= 0,
+        "shared, warmup and decay must lie between 0 and 1": not all(0 <= x <= 1 for x in shares),
+        f"shared must be 0 for one stream, or streams of different shapes {shapes}": c.shared and not alike,
+    }
+    if found := [words for words, wrong in problems.items() if wrong]:
+        raise DictionaryError(f"dictionary config: {'; '.join(found)}")
+    trainer = Trainer(joined, shapes, c, device)
     trainer.run()
     found = dataclasses.replace(trainer.folded(), facts=facts or {})
-    return refit(found, joined, trainer.scale, trainer.order(-2)) if config.refit else found
-
-
-def units(joined: Joined, shapes: dict, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Centre and scale [D]: every stream and layer gets the same energy, or the one with the largest norm would be all
-    that counts."""
-    mean, variance = moments(joined)
-    if config.published:
-        return torch.zeros_like(mean).float(), torch.ones_like(mean).float()
-    sizes = [shape[-1] for shape in shapes.values() for _ in range(math.prod(shape[:-1]))]
-    energy = [part.sum().sqrt() for part in variance.split(sizes)]
-    energy = [e if e > 0 else torch.ones_like(e) for e in energy]  # constant: rounding must not be blown up
-    return mean.float(), torch.cat([e.expand(size) for e, size in zip(energy, sizes, strict=True)]).float()
+    return refit(found, joined, trainer.scale, trainer.order(-2)) if c.refit else found
 
 
 class Trainer:
@@ -62,7 +104,14 @@ class Trainer:
 
     def __init__(self, joined: Joined, shapes: dict, config: Config, device: str):
         self.joined, self.shapes, self.config, self.device = joined, shapes, config, device
-        self.mean, self.scale = units(joined, shapes, config)
+        mean, variance = moments(joined)
+        # Every stream and layer gets the same energy, or only the one with the largest norm would count.
+        sizes = [shape[-1] for shape in shapes.values() for _ in range(math.prod(shape[:-1]))]
+        energy = torch.stack([part.sum().sqrt() for part in variance.split(sizes)])
+        energy[energy == 0] = 1  # constant: rounding must not be blown up
+        self.mean, self.scale = mean.float(), energy.repeat_interleave(torch.tensor(sizes)).float()
+        if config.published:
+            self.mean, self.scale = torch.zeros_like(self.mean), torch.ones_like(self.scale)
         self.sizes = [math.prod(shape) for shape in shapes.values()]
         draw = torch.Generator().manual_seed(config.seed)
         # All streams start with the same decoder row: what differs afterwards, the data made differ.
@@ -100,13 +149,13 @@ class Trainer:
             self.at, (epoch, place) = at, divmod(at, self.batches)
             if place == 0:
                 order = self.order(epoch)
-            if self.at in self.reseed_at:
+            if at in self.reseed_at:
                 self._reseed(order)
             found = self.step(self.take(order[place * config.batch_size :][: config.batch_size]))
-            if self.at % every == 0 or self.at == self.steps - 1:
+            if at % every == 0 or at == self.steps - 1:
                 if not math.isfinite(found["loss"]):
                     raise DictionaryError(f"training diverged at step {at}: lower learning_rate {config.learning_rate}")
-                self.log.append({"step": self.at, **found})
+                self.log.append({"step": at, **found})
 
     def step(self, x: torch.Tensor) -> dict:
         """One batch: keep the largest codes, follow the gradient of the squared error at them. Returns the losses."""
@@ -114,7 +163,6 @@ class Trainer:
         rise = min(1.0, (self.at + 1) / (config.warmup * self.steps + 1))
         fall = min(1.0, (self.steps - self.at) / (config.decay * self.steps)) if config.decay else 1.0
         self.optimizer.param_groups[0]["lr"] = config.learning_rate * rise * fall
-
         # As in SAELens, the published autoencoder takes the decoder's bias off its input.
         seen = x - self.decoder_bias if config.published else x
         pre = torch.addmm(self.encoder_bias, seen, self.encoder.T)
@@ -128,7 +176,6 @@ class Trainer:
         self.encoder.grad = codes.transposed(to_code) @ seen
         self.encoder_bias.grad = torch.zeros_like(self.encoder_bias).index_add_(0, codes.columns, to_code)
         self.decoder_bias.grad = gradient.sum(0)
-
         self.silent += n
         self.silent[codes.columns] = 0
         dead = torch.nonzero(self.silent > config.dead_after)[:, 0]
@@ -190,26 +237,28 @@ class Trainer:
 
     def _reseed(self, order: torch.Tensor) -> None:
         """Start latents that hardly fire again where the others leave a common error."""
-        x = self.take(order[: reseeding.ROWS])
+        x = self.take(order[:RESEED_ROWS])
         pre = torch.addmm(self.encoder_bias, x, self.encoder.T)
-        rows, columns = torch.nonzero(pre > max(self.threshold, 1e-9), as_tuple=True)
-        codes = Codes(rows, columns, pre[rows, columns], pre.shape)
-        fired = torch.bincount(columns, minlength=self.config.width)
-        free = torch.nonzero(fired[self.tied :] < reseeding.RARE)[: reseeding.MOST, 0] + self.tied
+        places = torch.nonzero(pre > max(self.threshold, 1e-9), as_tuple=True)
+        codes, fired = Codes(*places, pre[places], pre.shape), torch.bincount(places[1], minlength=self.config.width)
+        free = torch.nonzero(fired[self.tied :] < RARE)[:MOST, 0] + self.tied
         if not len(free):
             return
         error = x - self.decoder_bias
         error -= codes.matrix(on_support(error, codes, self.decoder)) @ self.decoder
-        known = self.decoder[fired >= reseeding.RARE]
-        found = reseeding.missing_directions(error, known, len(free), self.draw(self.at))
+        if not 0 < float(error.square().sum()) < math.inf:  # nothing to explain, or diverged
+            return
+        found, known = shared_directions(error, len(free), self.draw(self.at)), self.decoder[fired >= RARE]
+        # The same direction twice, or one that a live latent has already, would only be split.
+        alike = (found @ torch.cat([known, found]).T) > TWIN
+        found = found[~alike.tril(len(known) - 1).any(1)]
         free = free[: len(found)]
         self.encoder[free] = self.decoder[free] = found
         # They begin by firing on the rows that lie furthest along them, not on every row that leans their way.
-        self.encoder_bias[free] = self.threshold - reseeding.sharing_cut(x @ found.T)
+        self.encoder_bias[free] = self.threshold - _sharing_cut(x @ found.T)
         self.silent[free] = 0
-        for weight in self.weights[:3]:
-            for moment in ("exp_avg", "exp_avg_sq"):
-                self.optimizer.state[weight][moment][free] = 0
+        for weight, moment in itertools.product(self.weights[:3], ("exp_avg", "exp_avg_sq")):
+            self.optimizer.state[weight][moment][free] = 0
 
     @torch.no_grad()
     def folded(self) -> Dictionary:
@@ -242,3 +291,71 @@ class Trainer:
             if len(kept) > wanted:
                 kept = kept.topk(wanted, sorted=False).values
         return float(kept.min()) if len(kept) == wanted else 0.0
+
+
+def shared_directions(error: torch.Tensor, count: int, draw: torch.Generator, rounds: int = 10) -> torch.Tensor:
+    """Unit directions [count, D] along which some rows of the error [n, D] lie far out: candidates for new latents. By
+    power iteration, from single rows drawn by their energy, over the ``SHARING`` rows that lie furthest along each
+    direction: a sparse direction is a fixed point of that step, a mixture is not."""
+    energy, found = error.square().sum(1).cpu(), []
+    few = count > int((energy > 0).sum())
+    start = torch.multinomial(energy, count, replacement=few, generator=draw)
+    for v in normalize(error[start]).split(256):
+        for _ in range(rounds):
+            along = (error @ v.T).relu()
+            v = normalize((along * (along > _sharing_cut(along))).T @ error)
+        found.append(v)
+    return torch.cat(found)
+
+
+def _sharing_cut(along: torch.Tensor) -> torch.Tensor:
+    """The value in each column [n, directions] above which its ``SHARING`` furthest rows lie."""
+    return along.kthvalue(max(1, len(along) - SHARING), dim=0).values
+
+
+def refit(dictionary: Dictionary, joined: Joined, scale: torch.Tensor, order: torch.Tensor) -> Dictionary:
+    """Decoder rows that rebuild a sample of rows best, codes being solved for on the latents that fire. A ridge towards
+    the trained rows decides what the data leave open: how latents that fire together share a direction. Where most is
+    left open (few rows for the width, codes far from sparse) the result would rebuild worse than the trained rows, by
+    the codes as the encoder gives them: then these stay. facts["refit"] says which it was."""
+    sample = np.sort(order[: min(ROWS_A_LATENT * dictionary.width, REFIT_ROWS)].numpy())
+    decoder, bias = (torch.from_numpy(a.copy()) for a in (dictionary.decoder, dictionary.decoder_bias))
+    for _ in range(dictionary.config.refit):
+        scaled = decoder / scale  # codes are solved for in training's units, where streams and layers count the same
+        norms = scaled.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        gram, product = _normal_equations(dictionary, joined.chunks(sample), bias, scale, scaled / norms, norms)
+        live = np.flatnonzero(np.diag(gram)[:-1] > 0)
+        solve = np.append(live, len(gram) - 1)
+        inner = gram[np.ix_(solve, solve)]
+        ridge = RIDGE * np.diag(inner)[:-1].mean()
+        inner[np.diag_indices(len(live))] += ridge
+        before = (decoder / norms).numpy()[live]  # a row as a code of training's units is multiplied with
+        solved = np.linalg.solve(inner, product[solve] + np.vstack([ridge * before, np.zeros((1, len(scale)))]))
+        decoder[live], bias = (torch.from_numpy(part).float() for part in (unit(solved[:-1]), solved[-1]))
+    # Rows keep norm 1 in training's units; in their own the codes take it up.
+    stretch = (torch.from_numpy(dictionary.decoder) / scale).norm(dim=1) / (decoder / scale).norm(dim=1)
+    codes = {name: getattr(dictionary, name) * stretch.numpy() for name in ("encoder", "encoder_bias", "threshold")}
+    found = dataclasses.replace(dictionary, decoder=decoder.numpy(), decoder_bias=bias.numpy(), **codes)
+    x = joined.read(sample[:CHUNK])
+    rebuilt = (torch.from_numpy(d.decode(d.code(x))) for d in (dictionary, found))
+    before, after = (float(((x - y) / scale).square().sum()) for y in rebuilt)
+    better = after <= WORSE * before
+    return dataclasses.replace(found if better else dictionary, facts=dictionary.facts | {"refit": better})
+
+
+def _normal_equations(dictionary: Dictionary, chunks, bias, scale, decoder, norms) -> tuple[np.ndarray, np.ndarray]:
+    """float64 (F'F [w + 1, w + 1], F'x [w + 1, D]) of codes F, with a last column of ones for the bias."""
+    w = dictionary.width
+    gram, product = np.zeros((w + 1, w + 1)), np.zeros((w + 1, len(bias)))
+    for x in chunks:
+        found = dictionary.code(x)
+        rows, columns = (torch.from_numpy(i).long() for i in found.tocoo().coords)
+        codes = Codes(rows, columns, torch.from_numpy(found.data) * norms[columns, 0], found.shape)
+        found.data = on_support((x - bias) / scale, codes, decoder).double().numpy()
+        gram[:w, :w] += (found.T @ found).toarray()
+        gram[w, :w] += found.sum(0)
+        gram[w, w] += len(x)
+        product[:w] += found.T @ x.double().numpy()
+        product[w] += x.double().sum(0).numpy()
+    gram[:w, w] = gram[w, :w]
+    return gram, product

@@ -9,8 +9,7 @@ import pandas as pd
 import torch
 
 from alignlens.core.errors import DictionaryError
-from alignlens.dictionaries import STREAMS
-from alignlens.dictionaries.streams import join
+from alignlens.dictionaries.model import STREAMS, join
 
 
 @dataclass(frozen=True)
@@ -75,25 +74,29 @@ def train(streams, config: Config | None = None, *, device: str = "cpu") -> Spar
 
     Loss = MSE of each stream from its own codes + cross_weight * MSE from the other stream's codes + l1 * L1 of the
     free latents + l1_forced * L1 of the forced ones (see `loss`). AdamW, linear warm-up, cosine; the last, smaller
-    batch of an epoch is dropped. Equal seeds give equal bits on one machine; the caller's random state is not touched.
-
-    `history` has two rows an epoch, split train (means over the steps taken) and validation: step, total, self, cross,
-    sparsity, fve, fve_base, fve_aligned, dead, l0, l0_base, l0_aligned, as `quality` defines the published ones.
-    Raises DictionaryError for streams or a config that do not fit, and if the loss stops being finite.
-    """
+    batch of an epoch is dropped. Equal seeds give equal bits on one machine. `history` has two rows an epoch, split
+    train (means over the steps taken) and validation, with `loss`'s parts and the published numbers of `quality`.
+    Raises DictionaryError for streams or a config that do not fit, and if the loss stops being finite."""
     config, x = config or Config(), stack(streams)
     _, rows, layers, d = x.shape
     width = config.width_factor * d if config.width is None else config.width
-    _check(config, rows, width)
+    c, validation = config, int(rows * config.validation_share)
+    left, shares = rows - validation, (c.forced_share, c.validation_share, c.warmup)
+    problems = {
+        f"topk is {c.topk} for {width} latents: choose from 2 to {width}": not 2 <= c.topk <= width,
+        "forced_share, validation_share and warmup lie from 0 to below 1": not all(0 <= s < 1 for s in shares),
+        f"{left} rows for training fill no batch of {c.batch_size}": not 1 <= c.batch_size <= left,
+        "epochs go from 1, steps from 0": c.epochs < 1 or (c.steps is not None and c.steps < 0),
+    }
+    if found := [words for words, wrong in problems.items() if wrong]:
+        raise DictionaryError(f"sparc config: {'; '.join(found)}")
     draw = torch.Generator().manual_seed(config.seed)
     weights, forced = start(layers, d, width, config.forced_share, draw)
     weights, forced = Weights(*(w.to(device).requires_grad_() for w in weights)), forced.to(device)
-    held_out, training = torch.randperm(rows, generator=draw).tensor_split([int(rows * config.validation_share)])
+    held_out, training = torch.randperm(rows, generator=draw).tensor_split([validation])
     per_epoch = len(training) // config.batch_size
-    total = per_epoch * config.epochs
-    total = total if config.steps is None else min(total, config.steps)
-    optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=config.weight_decay)
-    history = []
+    total = min(per_epoch * config.epochs, 2**62 if config.steps is None else config.steps)
+    optimizer, history = torch.optim.AdamW(weights, config.learning_rate, weight_decay=config.weight_decay), []
     for step in range(total):
         epoch, part = divmod(step, per_epoch)
         if part == 0:
@@ -101,38 +104,20 @@ def train(streams, config: Config | None = None, *, device: str = "cpu") -> Spar
         optimizer.param_groups[0]["lr"] = rate(step, total, config)
         log.append(_visit(weights, x[:, batches[part]].to(device), forced, config, optimizer))
         if step + 1 in (total, (epoch + 1) * per_epoch):
-            splits = {"train": log}
-            if len(held_out):
-                parts = held_out.split(config.batch_size)
-                splits["validation"] = [_visit(weights, x[:, r].to(device), forced, config) for r in parts]
+            parts = held_out.split(config.batch_size) if len(held_out) else ()
+            splits = {"train": log, "validation": [_visit(weights, x[:, r].to(device), forced, config) for r in parts]}
             now = {"epoch": epoch + 1, "step": step + 1}
-            history += [now | {"split": name} | _mean(numbers) for name, numbers in splits.items()]
+            history += [now | {"split": name} | _mean(numbers) for name, numbers in splits.items() if numbers]
             if not np.isfinite([row["total"] for row in history]).all():
                 cure = f"lower learning_rate ({config.learning_rate}), or scale both streams down"
                 raise DictionaryError(f"the loss is not finite in epoch {epoch + 1}: {cure}")
     return Sparc(*(w.detach().cpu().numpy() for w in weights), forced.cpu().numpy(), config, pd.DataFrame(history))
 
 
-def _check(c: Config, rows: int, width: int) -> None:
-    training, shares = rows - int(rows * c.validation_share), (c.forced_share, c.validation_share, c.warmup)
-    problems = {
-        f"topk is {c.topk} for {width} latents: choose from 2 to {width}": not 2 <= c.topk <= width,
-        "forced_share, validation_share and warmup lie from 0 to below 1": not all(0 <= s < 1 for s in shares),
-        f"{training} rows for training fill no batch of {c.batch_size}": not 1 <= c.batch_size <= training,
-        "epochs go from 1, steps from 0": c.epochs < 1 or (c.steps is not None and c.steps < 0),
-    }
-    if found := [words for words, wrong in problems.items() if wrong]:
-        raise DictionaryError(f"sparc config: {'; '.join(found)}")
-
-
 def start(layers: int, d: int, width: int, forced_share: float, draw: torch.Generator) -> tuple[Weights, torch.Tensor]:
     """Kaiming-uniform weights (gain sqrt 2 for encoders, 1 for decoders), zero biases, forced latents at random."""
-
-    def uniform(*shape, bound):
-        return bound * (2 * torch.rand(shape, generator=draw) - 1)
-
-    encoders = uniform(2, layers, d, width, bound=math.sqrt(6 / d))
-    decoders = uniform(2, layers, width, d, bound=math.sqrt(3 / width))
+    plan = ((d, width), math.sqrt(6 / d)), ((width, d), math.sqrt(3 / width))
+    encoders, decoders = (bound * (2 * torch.rand(2, layers, *shape, generator=draw) - 1) for shape, bound in plan)
     forced = torch.zeros(width, dtype=torch.bool)
     forced[torch.randperm(width, generator=draw)[: int(width * forced_share)]] = True
     decoders[1, :, forced] = decoders[0, :, forced]
@@ -140,10 +125,8 @@ def start(layers: int, d: int, width: int, forced_share: float, draw: torch.Gene
 
 
 def encode(weights: Weights, x: torch.Tensor, topk: int) -> torch.Tensor:
-    """[s, n, l, d] -> [s, n, l, w]: relu of the pre-activations h where the mask is on.
-
-    The mask is one for both streams and all layers: the topk // 2 largest layer means of h of each stream, united.
-    """
+    """[s, n, l, d] -> [s, n, l, w]: relu of the pre-activations h where the mask is on. One mask for both streams and
+    all layers: the topk // 2 largest layer means of h of each stream, united."""
     h = torch.einsum("snld,sldw->snlw", x, weights.encoders) + weights.biases[:, None]
     top = h.mean(2).topk(topk // 2, dim=-1).indices
     mask = torch.zeros_like(h[:, :, 0]).scatter_(-1, top, 1).amax(0)
@@ -155,11 +138,9 @@ def decode(weights: Weights, z: torch.Tensor) -> torch.Tensor:
 
 
 def loss(weights: Weights, x: torch.Tensor, forced: torch.Tensor, config: Config) -> tuple:
-    """The loss and its parts on a batch [s, n, l, d], the codes and the reconstruction.
-
-    MSE averages over rows, layers and dimensions and is summed over streams. L1 of latents = mean over rows of
-    sum_w z_w * norm_w: z_w is averaged over streams and layers, norm_w summed over both.
-    """
+    """The loss and its parts on a batch [s, n, l, d], the codes and the reconstruction. MSE averages over rows, layers
+    and dimensions and is summed over streams. L1 = mean over rows of sum_w z_w * norm_w: z_w is averaged over streams
+    and layers, norm_w summed over both."""
     z = encode(weights, x, config.topk)
     rebuilt = decode(weights, z)
     mse = {"self": (x - rebuilt).square(), "cross": (x - decode(weights, z.flip(0))).square()}
@@ -193,12 +174,10 @@ def rate(step: int, total: int, config: Config) -> float:
 
 def _numbers(x: torch.Tensor, z: torch.Tensor, rebuilt: torch.Tensor) -> dict[str, float]:
     """The published numbers of one batch."""
-    # As published, one layer divides by n - 1 and a window by n.
-    variance = x.var((1, 3), correction=1 if x.shape[2] == 1 else 0)
+    variance = x.var((1, 3), correction=1 if x.shape[2] == 1 else 0)  # as published: n in a window
     fve = (1 - (x - rebuilt).square().mean((1, 3)) / (variance + 1e-8)).mean(1)
-    fires = z > 0
-    numbers = _per_stream("fve", fve) | _per_stream("l0", fires.sum(-1).float().mean((1, 2)))
-    return numbers | {"dead": 1 - float(fires.any(2).any(1).any(0).float().mean())}
+    numbers = _per_stream("fve", fve) | _per_stream("l0", (z > 0).sum(-1).float().mean((1, 2)))
+    return numbers | {"dead": 1 - float((z > 0).any(2).any(1).any(0).float().mean())}
 
 
 def _per_stream(name: str, values) -> dict[str, float]:
@@ -213,16 +192,11 @@ def _mean(log: list[dict]) -> dict[str, float]:
 def quality(sparc: Sparc, streams) -> dict[str, float]:
     """How well a crosscoder rebuilds rows, by the published formulas and by ours; pass held-out rows.
 
-    fve_published   1 - MSE / one variance over rows and dimensions together, per batch (config.batch_size), averaged;
-                    in a window per layer, averaged. Differences between dimension means count as variance.
-    r2              1 - squared error / squares about the mean of each dimension, over all rows: predicting the mean
-                    scores 0. In a window per layer, averaged. NaN where nothing varies.
-    dead_published  share of latents silent in both streams within a batch, averaged over batches
-    dead_share      share silent over all rows
-    l0              latents that fire per row (and layer)
-
-    fve_published, r2 and l0 are the mean of both streams and come with `_base` and `_aligned`.
-    """
+    fve_published: 1 - MSE / one variance over rows and dimensions together, per batch and layer, averaged; differences
+    between dimension means count as variance. r2: 1 - squared error / squares about the mean of each dimension, over
+    all rows, averaged over layers; NaN where nothing varies. l0: latents that fire per row (and layer). These are the
+    mean of both streams and come with `_base` and `_aligned`. dead_published: share of latents silent in both streams
+    within a batch, averaged; dead_share: over all rows."""
     log, error, fired = [], 0, 0
     for batch, z, rebuilt in sparc.batches(streams, sparc.config.batch_size):
         log.append(_numbers(batch, z, rebuilt))
