@@ -13,15 +13,12 @@ from alignlens.probes.solver import fit_labellings
 def leak_check(y, p, fold_ids, pair_ids, *, bootstrap=1000, seed=0) -> dict:
     """Split stored out-of-fold results by whether a row's mirror image was in the training folds.
 
-    y : labels [rows] in {0, 1} · p : probabilities or any scores [rows] · fold_ids : the fold each row was held out in
-    pair_ids : the pair each row belongs to; rows of a pair are mirrors of each other
-
-    Returns auroc (all rows), auroc_leaked (a mirror lies in another fold, so it was trained on), auroc_clean (all
-    copies share the fold) with auroc_clean_low/high (95 %, bootstrap over pairs), n_rows, n_leaked, n_clean and
-    share_leaked. An AUROC that its rows cannot define (one class or none) is NaN. Honest folds have share_leaked 0;
-    auroc far above auroc_clean is memory, not reading. The leak: weakness F1 of arXiv 2606.09850.
-
-    Raises ProbeError if lengths differ, y is not binary, p is not finite, or no pair has two rows.
+    y, labels in {0, 1}; p, probabilities or any scores; fold_ids, the fold each row was held out in; pair_ids, equal
+    for mirrored rows: all [rows]. Returns auroc (all rows), auroc_leaked (a mirror lies in another fold, so it was
+    trained on), auroc_clean (all copies share the fold) with _low/_high (95 %, bootstrap over pairs), n_rows, n_leaked,
+    n_clean and share_leaked (0 in honest folds); NaN where a class is missing. auroc far above auroc_clean is memory,
+    not reading: weakness F1 of arXiv 2606.09850. Raises ProbeError if lengths differ, y is not binary, p is not finite,
+    or no pair has two rows.
     """
     y, p, fold_ids, pair_ids = map(np.asarray, (y, p, fold_ids, pair_ids))
     shapes = [a.shape for a in (y, p, fold_ids, pair_ids)]
@@ -47,20 +44,19 @@ def leak_check(y, p, fold_ids, pair_ids, *, bootstrap=1000, seed=0) -> dict:
 def noise_floor(n_pairs, d_model, *, protocol="grouped", seed=0) -> float:
     """AUROC that a protocol (5 folds) reports on pure Gaussian pairs of this size: 0.5 for an honest one.
 
-    Known for `published`: 0.951 at 897 pairs x 2048 dimensions, 0.74 at 5000 x 2048, 0.63 at 10000 x 2048.
-    Gaussian noise has full rank; `permuted_sign_null` gives the floor of real, correlated features.
+    For `published` 0.951 at 897 pairs x 2048 dimensions, 0.63 at 10000 x 2048. `permuted_sign_null` gives the floor of
+    real, correlated features.
     """
     rng = np.random.default_rng(seed)
-    pairs = [rng.standard_normal((n_pairs, 1, d_model), dtype=np.float32) for _ in ("chosen", "rejected")]
+    pairs = [rng.standard_normal((n_pairs, 1, d_model), dtype=np.float32) for _ in range(2)]
     return float(fit_layers(*pairs, np.arange(n_pairs), protocol=protocol, seed=seed, bootstrap=0).auroc[0])
 
 
 def permuted_sign_null(chosen, rejected, groups, *, protocol="grouped", folds=5, seed=0, permutations=100) -> DataFrame:
     """The floor of the real features: chosen and rejected swapped at random, one coin per group, and probed again.
 
-    Grouped probes keep the penalty that each fold chose on the real labels, so the null is of the probe that was used.
-    Returns one row a layer: layer, auroc_mean, and auroc_low, auroc_high, the central 95 % of the permutations.
-    Other parameters and errors as in `fit_layers`.
+    Grouped probes keep the penalty that each fold chose on the real labels. Returns one row a layer: layer, auroc_mean,
+    auroc_low, auroc_high (the central 95 % of the permutations). Other parameters and errors as in `fit_layers`.
     """
     refuse(permutations < 1, f"permutations is {permutations}: draw at least one (100 or more for a 95 % band).")
     differences = Differences((chosen, rejected))
@@ -74,25 +70,20 @@ def permuted_sign_null(chosen, rejected, groups, *, protocol="grouped", folds=5,
 
 
 def selectivity(chosen, rejected, groups, *, protocol="grouped", folds=5, seed=0, bootstrap=1000, draws=5) -> DataFrame:
-    """Accuracy on the real task minus accuracy on a control task that only memory can solve.
+    """Accuracy on the real task minus accuracy on a control that only memory can solve.
 
-    The control gives each pair a random label, a fixed property of the pair that its mirrored copy (with the opposite
-    label) shares; `draws` such labellings are averaged. Under `published` a copy in training lets the probe look the
-    label up, so the control rises above 0.5 and selectivity falls; under `grouped` nothing is left to look up.
-    Control probes keep the penalty chosen on the real labels.
-
-    Returns one row a layer: layer, accuracy, accuracy_control, selectivity, each with `_low` and `_high` (95 %,
-    bootstrap over groups). Other parameters and errors as in `fit_layers`. Source: Hewitt & Liang, arXiv 1909.03368.
+    Source: Hewitt & Liang, arXiv 1909.03368. The control averages `draws` random labellings of the pairs; a mirrored
+    copy has the opposite label, so a copy in training gives the label away (`published`). Control probes keep the
+    penalty chosen on the real labels. Returns one row a layer: layer, accuracy, accuracy_control, selectivity, each
+    with `_low` and `_high` (95 %, bootstrap over groups). Other parameters and errors as in `fit_layers`.
     """
     refuse(draws < 1, f"draws is {draws}: the control needs at least one random labelling.")
     differences = Differences((chosen, rejected))
     plan = plan_folds(len(chosen), groups, protocol, folds, seed)
-    # The first labelling is the real one, so that the task and its control are solved side by side.
-    signs = np.hstack([np.ones((plan.n, 1)), random_signs(np.arange(plan.n), draws, seed=seed)])
+    signs = np.hstack([np.ones((plan.n, 1)), random_signs(np.arange(plan.n), draws, seed=seed)])  # the real task first
     weights, rows = bootstrap_weights(plan.group, bootstrap, seed), []
     for layer, x in enumerate(differences):
         real, *controls = np.concatenate([metrics(p, x, weights, "accuracy") for p in fit_labellings(x, plan, signs)])
-        control = np.mean(controls, axis=0)
-        values = {"accuracy": real, "accuracy_control": control, "selectivity": real - control}
-        rows.append({"layer": layer} | with_intervals(values))
+        values = {"accuracy": real, "accuracy_control": (control := np.mean(controls, axis=0))}
+        rows.append({"layer": layer} | with_intervals(values | {"selectivity": real - control}))
     return DataFrame(rows)

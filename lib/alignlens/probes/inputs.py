@@ -10,16 +10,15 @@ from alignlens.core.errors import ProbeError
 
 
 def refuse(wrong: bool, message: str, error: type[Exception] = ProbeError) -> None:
-    """Raise the error with the message if something is wrong."""
     if wrong:
         raise error(message)
 
 
 class Differences:
-    """chosen - rejected, checked once and handed out one float64 layer [pairs, d_model] at a time.
+    """chosen - rejected, checked once; iterates over layers, each float64 [pairs, d_model].
 
     source : anything with ``.chosen`` and ``.rejected``, a tuple of both, or the difference itself; arrays [pairs,
-        layers, d_model]. name : the model, for messages. Iterates over layers.
+        layers, d_model]. name : the model, for messages.
     """
 
     def __init__(self, source, name: str = ""):
@@ -48,7 +47,7 @@ def same_rows(base, aligned) -> list[Differences]:
 
 
 def features(chosen, rejected):
-    """chosen - rejected of features without layers: float64 [pairs, k], dense, or sparse with the columns in use."""
+    """chosen - rejected without layers: float64 [pairs, k], dense, or sparse with only the columns in use."""
     forms = [sparse.issparse(side) and side.shape for side in (chosen, rejected)]
     refuse(forms[0] != forms[1], f"sparse shapes of chosen and rejected are {forms}: pass both in the same form.")
     if not forms[0]:
@@ -56,12 +55,11 @@ def features(chosen, rejected):
         return Differences(tuple(np.asarray(side).reshape(len(side), 1, -1) for side in (chosen, rejected)))[0]
     x = sparse.csr_array(chosen, dtype=np.float64) - sparse.csr_array(rejected, dtype=np.float64)
     refuse(not np.isfinite(x.data).all(), "sparse values of chosen - rejected are NaN or infinite: drop these pairs.")
-    # A column that is zero in every pair has weight zero: most of a vocabulary costs nothing.
-    return x[:, np.union1d(x.indices[x.data != 0], [0])]
+    return x[:, np.union1d(x.indices[x.data != 0], [0])]  # the weight of a column of zeros would be zero
 
 
 class Plan(NamedTuple):
-    """Who is held out when. A pair is two rows, x and -x; under the grouped protocol they share a fold."""
+    """Who is held out when. Both rows of a pair, x and -x, share a fold under the grouped protocol."""
 
     grouped: bool
     folds: int
@@ -72,7 +70,7 @@ class Plan(NamedTuple):
 
 
 def plan_folds(n: int, groups, protocol: str = "grouped", folds: int = 5, seed: int = 0) -> Plan:
-    """Folds for n pairs under a protocol, see `fit_layers`. Raises ProbeError if the groups cannot fill them."""
+    """Folds for n pairs, see `fit_layers`; ProbeError if the groups cannot fill them."""
     groups, grouped = np.asarray(groups), protocol == "grouped"
     names, group = np.unique(groups, return_inverse=True)
     count, unit = (len(names), "groups") if grouped else (n, "pairs")

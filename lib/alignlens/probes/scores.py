@@ -7,10 +7,9 @@ from alignlens.probes.solver import BLOCK, Probes
 
 
 def metrics(probes: Probes, x, weights: np.ndarray, *names: str) -> np.ndarray:
-    """Metrics [labellings * names, replicates] of the held-out scores on x under pair weights [replicates, pairs].
+    """METRICS [labellings * names, replicates] of the held-out scores on x under pair weights [replicates, pairs].
 
-    names : of METRICS. Under the grouped protocol a weight counts both where its pair is scored and, to first order
-    (infinitesimal jackknife), where it trains.
+    Under the grouped protocol a weight counts where its pair is scored and, to first order, where it trains.
     """
     sides = [side.T for side in probes.scores(x)]
     asked = [(METRICS[name], *scores) for scores in zip(*sides, strict=True) for name in names]
@@ -58,10 +57,7 @@ def _weight_below(scores, weights, thresholds) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _slopes(score: np.ndarray) -> dict[str, np.ndarray]:
-    """Derivative [pairs] of each metric of the mirrored rows {s: 1, -s: 0} to the score s of each pair.
-
-    A rank metric of a sample is a step function; its slope is that of the population, with a smoothed density.
-    """
+    """Derivative [pairs] of each metric to the score s of each pair; of a rank metric, with a smoothed density."""
     n, ordered = len(score), np.sort(score)
     at_zero, at_mirror = _density(score, np.zeros(1)), _density(score, -score)
 

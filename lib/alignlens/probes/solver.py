@@ -25,7 +25,7 @@ class Problem:
         self.spread = _safe(np.sqrt((x**2).mean(0)))
         self.z = x @ sparse.diags_array(1 / self.spread) if sparse.issparse(x) else x / self.spread
         rank = min(self.n, d, 256)  # directions that the preconditioner treats exactly
-        # Leading eigenvectors and eigenvalues of z'z/n by subspace iteration, and the mean of the other eigenvalues.
+        # Leading eigenvectors and eigenvalues of z'z/n by subspace iteration, and the mean of the others.
         basis = np.random.default_rng(0).standard_normal((d, rank))
         for _ in range(2):
             basis = np.linalg.qr(self.z.T @ (self.z @ basis))[0]
@@ -42,17 +42,14 @@ class Problem:
     def solve(self, scale, weights, penalty, signs) -> tuple[np.ndarray, np.ndarray]:
         """Minimise sum_i weight_i log(1 + exp(-margin_i)) + penalty/2 |w|^2, one independent problem a column.
 
-        scale [d, columns]: z / scale are the standardised features, the units of w and of its penalty.
-        weights: [n, columns], or [2n, columns] (rows x, then rows -x) for an intercept; each column sums to 1.
-        signs [n, columns]: -1 swaps chosen and rejected of that pair.
-
-        Nonlinear conjugate gradient (Polak-Ribiere). Its preconditioner is the Hessian at w = 0, exact along the
-        leading principal directions; a step is one Newton step along the line, shortened when it overshoots.
-        Columns leave when they are solved. Returns w [d, columns] and the intercepts [columns].
+        scale [d, columns]: z / scale are the standardised features, the units of w and its penalty. weights: [n,
+        columns], or [2n, columns] (rows x, then -x) for an intercept; columns sum to 1. signs [n, columns]: -1 swaps
+        chosen and rejected. Nonlinear conjugate gradient (Polak-Ribiere), preconditioned with the Hessian at w = 0;
+        each step is one Newton step along the line, shortened when it overshoots. Returns w [d, columns] and the
+        intercepts [columns].
         """
         d, columns = scale.shape
-        # The intercept is one more row of w, unpenalised.
-        ridge = np.zeros((d + (len(weights) > self.n), columns))
+        ridge = np.zeros((d + (len(weights) > self.n), columns))  # the intercept is one more row, unpenalised
         ridge[:d] = penalty
         w, margin, result = np.zeros_like(ridge), np.zeros_like(weights), np.zeros_like(ridge)
         residual = -0.5 * weights
@@ -61,25 +58,22 @@ class Problem:
         # A gradient that is only rounding error (no difference at this layer) must leave w at exactly zero.
         size, active = (gradient**2).sum(0), np.arange(columns)
         step, goal = np.where(size > 1e-24, -descent, 0), np.maximum(TOLERANCE**2 * size, 1e-24)
-
         for _ in range(MAX_ITERATIONS):
             along = signs * (self.z @ (step[:d] / scale))
             if len(weights) > self.n:
                 along = np.vstack([along + step[d], along - step[d]])
             slope, stiffness, pull = (gradient * step).sum(0), (ridge * step**2).sum(0), (ridge * w * step).sum(0)
-            # residual = -weight * chance, so this is weight * chance * (1 - chance), the curvature of each row.
-            length = -slope / _safe(-(residual * (1 - expit(-margin)) * along**2).sum(0) + stiffness)
+            curvature = -(residual * (1 - expit(-margin)) * along**2).sum(0)  # weight * chance * (1 - chance) a row
+            length = -slope / _safe(curvature + stiffness)
             for _ in range(30):
                 residual = -weights * expit(-(margin + length * along))
                 ahead = (residual * along).sum(0) + pull + length * stiffness
                 beyond = ahead > -0.5 * slope
                 if not beyond.any():
                     break
-                # The slope rises from `slope` < 0 at zero to `ahead` > 0 here: go back to where the secant crosses.
-                length = np.where(beyond, length * slope / (slope - ahead), length)
+                length = np.where(beyond, length * slope / (slope - ahead), length)  # back to where the secant crosses
             w += length * step
             margin += length * along
-
             last_gradient, last_descent = gradient, descent
             gradient = self._backward(residual, scale, signs) + ridge * w
             keep = (gradient**2).sum(0) > goal
@@ -123,7 +117,7 @@ class Problem:
         return np.vstack([self.z.T @ (signs * (first + mirror)) / scale, (first - mirror).sum(0)])
 
     def _precondition(self, gradient, penalty):
-        """Apply the inverse of 0.25 z'z/n + penalty, exact along the basis and one average value beside it."""
+        """Apply the inverse of 0.25 z'z/n + penalty, exact along the basis, one average value beside it."""
         d = len(self.basis)
         beside = 1 / (0.25 * self.rest + penalty)
         leading = 1 / (0.25 * self.values[:, None] + penalty) - beside
@@ -155,11 +149,11 @@ class Probes(NamedTuple):
         return margin[pairs, fold] + self.intercept[fold], self.intercept[mirror_fold] - margin[pairs, mirror_fold]
 
     def influence(self, x, slope: np.ndarray) -> np.ndarray:
-        """Derivative of a metric to each pair's weight in training [pairs, metrics]; grouped protocol only.
+        """Derivative of metrics to each pair's weight in training [pairs, metrics]; grouped protocol only.
 
-        slope [pairs, metrics]: derivative of the metric to each held-out score on x; the metrics of the first
-        labelling come first. A pair's weight moves w by inverse Hessian times its gradient, and w moves the scores of
-        the fold held out; read from the metric backwards this is one linear solve per fold and metric.
+        slope [pairs, metrics]: derivative to each held-out score on x, metrics of the first labelling first. A pair's
+        weight moves w by inverse Hessian times its gradient, and w moves the scores; read backwards, one solve per fold
+        and metric.
         """
         folds, metrics = self.plan.folds, slope.shape[1]
         column = np.repeat(np.arange(self.w.shape[1]), metrics // self.intercept.shape[1])
@@ -179,10 +173,9 @@ def fit(x, plan: Plan) -> Probes:
 
 
 def fit_labellings(x, plan: Plan, signs: np.ndarray):
-    """Yield `Probes` of the labellings, signs [pairs, labellings], a bounded number of labellings at a time.
+    """Yield `Probes` of the labellings, signs [pairs, labellings], a bounded number at a time.
 
-    All keep the penalty of their fold: chosen on the real labels within its training pairs (grouped), or C = 1 on its
-    rows (published).
+    All keep the penalty of their fold: chosen on its real labels (grouped), or C = 1 (published).
     """
     problem, folds = Problem(x), np.arange(plan.folds)
     rows = plan.fold if plan.grouped else np.concatenate([plan.fold, plan.mirror_fold])
@@ -206,10 +199,7 @@ def fit_labellings(x, plan: Plan, signs: np.ndarray):
 
 
 def _choose_penalty(problem: Problem, plan: Plan) -> np.ndarray:
-    """Penalty of each fold [folds] by log-loss on the other folds, each held out once from the rest.
-
-    The probe that leaves out folds a and b serves twice: scored on b it tunes fold a, scored on a it tunes fold b.
-    """
+    """Penalty [folds] by log-loss: the probe without folds a and b, scored on b, tunes a, and scored on a, tunes b."""
     left_out, grid = np.array(list(combinations(range(plan.folds), 2))), np.array(PENALTIES)
     keep = (plan.fold[:, None, None] != left_out).all(-1)
     fits = np.repeat(np.arange(len(left_out)), len(grid))
@@ -226,5 +216,5 @@ def _choose_penalty(problem: Problem, plan: Plan) -> np.ndarray:
 
 
 def _safe(scale: np.ndarray) -> np.ndarray:
-    """A divisor: zeros, which only meet numerators that are zero too, become one."""
+    """A divisor: zeros, which only meet zero numerators, become one."""
     return np.where(scale > 0, scale, 1)
