@@ -8,7 +8,5 @@ the rows split as if independent, so most test rows have their mirror image in t
 from alignlens.probes.checks import leak_check, noise_floor, permuted_sign_null, selectivity
 from alignlens.probes.layers import OutOfFold, fit_features, fit_layers, out_of_fold, transfer
 
-__all__ = [
-    "OutOfFold", "fit_features", "fit_layers", "leak_check", "noise_floor", "out_of_fold", "permuted_sign_null",
-    "selectivity", "transfer",
-]  # fmt: skip
+__all__ = ["OutOfFold", "fit_features", "fit_layers", "leak_check", "noise_floor", "out_of_fold", "permuted_sign_null",
+           "selectivity", "transfer"]  # fmt: skip

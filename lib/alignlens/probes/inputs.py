@@ -15,10 +15,9 @@ def refuse(wrong: bool, message: str, error: type[Exception] = ProbeError) -> No
 
 
 class Differences:
-    """chosen - rejected, checked once; iterates over layers, each float64 [pairs, d_model].
+    """chosen - rejected, checked once; iterates over layers, each float64 [pairs, d_model]; `name` is for messages.
 
-    source : anything with ``.chosen`` and ``.rejected``, a tuple of both, or the difference itself; arrays [pairs,
-        layers, d_model]. name : the model, for messages.
+    source : an object with .chosen and .rejected, a tuple of both, or their difference, [pairs, layers, d_model].
     """
 
     def __init__(self, source, name: str = ""):

@@ -12,10 +12,7 @@ from alignlens.probes.scores import METRICS, metrics
 
 
 class OutOfFold(NamedTuple):
-    """Held-out scores of rows [x of every pair, then -x of every pair], each by the probe not trained on its fold.
-
-    `sklearn.metrics.roc_curve(result.labels, result.scores[layer])` draws a ROC curve; `leak_check` reads them too.
-    """
+    """Held-out scores of rows [x of every pair, then -x of every pair], each by the probe not trained on its fold."""
 
     scores: np.ndarray  # [layers, 2 * pairs], log-odds that the row is chosen - rejected
     directions: np.ndarray  # [layers, folds, d_model], weights in the units of the activations
@@ -41,28 +38,21 @@ def out_of_fold(chosen, rejected, groups, *, protocol="grouped", folds=5, seed=0
 def fit_layers(chosen, rejected, groups, *, protocol="grouped", folds=5, seed=0, bootstrap=1000) -> DataFrame:
     """Fit one probe per layer; read its held-out scores. One row a layer, with 95 % intervals `_low`, `_high`.
 
-    chosen, rejected : float arrays [pairs, layers, d_model] · groups : [pairs], the prompt of each pair, kept together
-        by folds (grouped) and bootstrap (both protocols) · protocol : "grouped" or "published", see `alignlens.probes`
-    folds : at least 3, as the penalty is chosen by leaving out a second one · seed : shuffles folds and bootstrap;
-        published folds with 42 + seed, so 0 gives the paper's · bootstrap : replicates; 0 leaves intervals NaN
-
-    Returns accuracy, auroc, auprc, f1 of the pooled mirrored rows (ties count half; auroc 0.5 where chosen equals
-    rejected) with percentile intervals over groups; coef_norm, mean L2 norm of the fold weights in standardised units
-    with a Student interval over folds (which share pairs: read it as spread); penalty, median over folds. Under
-    "grouped" a redrawn group counts where it is scored and, to first order (infinitesimal jackknife), where it trains:
-    near nominal on a clear effect, conservative (about 99 %) on noise. Under "published" probes are held fixed: on
-    noise the intervals are too short by about sqrt 2. Raises ProbeError for shapes that differ, values not finite, too
-    few groups, an unknown protocol. Source: arXiv 2606.09850 for `published`, whose folds leak; `grouped` closes the
-    leak.
+    chosen, rejected : float arrays [pairs, layers, d_model] · groups : [pairs], prompts, kept together by grouped folds
+        and the bootstrap · protocol : "grouped" or "published", see `alignlens.probes` · folds : at least 3 · seed : of
+        folds and bootstrap, 42 + seed for published folds (0: the paper's) · bootstrap : replicates; 0 leaves NaN
+    Returns accuracy, auroc, auprc, f1 of the pooled mirrored rows (ties count half) with percentile intervals over
+    groups; coef_norm, mean L2 norm of the fold weights in standardised units, with a Student interval over folds, which
+    share pairs; penalty, median over folds. Under "grouped" a redrawn group counts where it is scored and, to first
+    order (infinitesimal jackknife), where it trains: near nominal on a clear effect, conservative (about 99 %) on
+    noise; under "published" probes are fixed, intervals on noise too short by about sqrt 2. Raises ProbeError for
+    shapes that differ, values not finite, too few groups, an unknown protocol.
     """
     return _fit_layers(inputs.Differences((chosen, rejected)), len(chosen), groups, protocol, folds, seed, bootstrap)
 
 
 def fit_features(chosen, rejected, groups, *, protocol="grouped", folds=5, seed=0, bootstrap=1000) -> Series:
-    """`fit_layers` for baselines without layers (length, bag of tokens, log-probability margin): its one row.
-
-    chosen, rejected : [pairs] or [pairs, k], arrays or scipy sparse, which is never made dense: k may be a vocabulary.
-    """
+    """`fit_layers` without layers, one row: arrays or scipy sparse (never made dense), [pairs] or [pairs, k]."""
     x = inputs.features(chosen, rejected)
     table = _fit_layers([x], x.shape[0], groups, protocol, folds, seed, bootstrap)
     return table.drop(columns="layer").iloc[0].rename(None)
@@ -87,14 +77,12 @@ def _fit_layers(layers, n: int, groups, protocol, folds, seed, bootstrap) -> Dat
 def transfer(base, aligned, groups, *, folds=5, seed=0, bootstrap=1000) -> DataFrame:
     """Fit a grouped probe on one model and score it on the other's held-out pairs, both ways, with the same folds.
 
-    base, aligned : anything with `.chosen` and `.rejected`, a tuple (chosen, rejected), or their difference; arrays
-        [pairs, layers, d_model] of the same pairs in the same order. Other parameters as in `fit_layers`.
-    Returns one row a layer, each number with `_low` and `_high` (95 %, the same groups redrawn for both models):
-    auroc_base, auroc_aligned (each read by its own probe), difference = auroc_aligned - auroc_base;
-    auroc_base_to_aligned (base's probe reads aligned), gap_base_to_aligned = auroc_aligned - auroc_base_to_aligned,
-        what
-    is lost when base's probe reads; auroc_aligned_to_base, gap_aligned_to_base likewise.
-    A direction is applied as it is, in activation units: a model that only rotated shows a gap, not a difference.
+    base, aligned : as `.chosen` and `.rejected`, a tuple of both, or their difference, [pairs, layers, d_model] of the
+        same pairs. Other parameters as in `fit_layers`
+    Returns one row a layer, with `_low`, `_high` (95 %, the same groups redrawn for both models): auroc_base,
+    auroc_aligned, each by its own probe; auroc_base_to_aligned, base's probe on aligned, and its gap_base_to_aligned
+    below auroc_aligned; auroc_aligned_to_base and gap_aligned_to_base likewise; difference = auroc_aligned -
+    auroc_base. A direction is applied in activation units: a model that only rotated shows a gap, not a difference.
     Raises ProbeError as `fit_layers`, and if the two models differ in shape.
     """
     models = inputs.same_rows(base, aligned)

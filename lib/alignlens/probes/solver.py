@@ -42,11 +42,10 @@ class Problem:
     def solve(self, scale, weights, penalty, signs) -> tuple[np.ndarray, np.ndarray]:
         """Minimise sum_i weight_i log(1 + exp(-margin_i)) + penalty/2 |w|^2, one independent problem a column.
 
-        scale [d, columns]: z / scale are the standardised features, the units of w and its penalty. weights: [n,
-        columns], or [2n, columns] (rows x, then -x) for an intercept; columns sum to 1. signs [n, columns]: -1 swaps
-        chosen and rejected. Nonlinear conjugate gradient (Polak-Ribiere), preconditioned with the Hessian at w = 0;
-        each step is one Newton step along the line, shortened when it overshoots. Returns w [d, columns] and the
-        intercepts [columns].
+        scale [d, columns]: z / scale are the standardised features, units of w. weights: [n, columns], or [2n, columns]
+        (rows x, then -x) for an intercept; columns sum to 1. signs [n, columns]: -1 swaps chosen and rejected.
+        Polak-Ribiere conjugate gradient, preconditioned with the Hessian at w = 0; a step is one Newton step along the
+        line, shortened when it overshoots. Returns w [d, columns] and intercepts [columns].
         """
         d, columns = scale.shape
         ridge = np.zeros((d + (len(weights) > self.n), columns))  # the intercept is one more row, unpenalised
@@ -109,8 +108,7 @@ class Problem:
             residual -= length * image
         return u
 
-    def _backward(self, rows, scale, signs):
-        """Gradient [d or d + 1, columns] from the derivative of the loss to each row's margin."""
+    def _backward(self, rows, scale, signs):  # gradient [d or d + 1, columns] from the slope of the loss in each margin
         first, mirror = rows[: self.n], rows[self.n :]
         if not len(mirror):
             return self.z.T @ (signs * first) / scale
@@ -118,8 +116,7 @@ class Problem:
 
     def _precondition(self, gradient, penalty):
         """Apply the inverse of 0.25 z'z/n + penalty, exact along the basis, one average value beside it."""
-        d = len(self.basis)
-        beside = 1 / (0.25 * self.rest + penalty)
+        d, beside = len(self.basis), 1 / (0.25 * self.rest + penalty)
         leading = 1 / (0.25 * self.values[:, None] + penalty) - beside
         out = beside * gradient[:d] + self.basis @ (leading * (self.basis.T @ gradient[:d]))
         return np.vstack([out, 4 * gradient[d:]])
@@ -151,9 +148,8 @@ class Probes(NamedTuple):
     def influence(self, x, slope: np.ndarray) -> np.ndarray:
         """Derivative of metrics to each pair's weight in training [pairs, metrics]; grouped protocol only.
 
-        slope [pairs, metrics]: derivative to each held-out score on x, metrics of the first labelling first. A pair's
-        weight moves w by inverse Hessian times its gradient, and w moves the scores; read backwards, one solve per fold
-        and metric.
+        slope [pairs, metrics]: derivative to each held-out score, first labelling first. A weight moves w by inverse
+        Hessian times its gradient, w moves the scores; read backwards that is one solve per fold and metric.
         """
         folds, metrics = self.plan.folds, slope.shape[1]
         column = np.repeat(np.arange(self.w.shape[1]), metrics // self.intercept.shape[1])
@@ -173,10 +169,7 @@ def fit(x, plan: Plan) -> Probes:
 
 
 def fit_labellings(x, plan: Plan, signs: np.ndarray):
-    """Yield `Probes` of the labellings, signs [pairs, labellings], a bounded number at a time.
-
-    All keep the penalty of their fold: chosen on its real labels (grouped), or C = 1 (published).
-    """
+    """Yield `Probes` of signs [pairs, labellings], some at a time, under the penalty chosen on the real labels."""
     problem, folds = Problem(x), np.arange(plan.folds)
     rows = plan.fold if plan.grouped else np.concatenate([plan.fold, plan.mirror_fold])
     keep = rows[:, None] != folds
@@ -185,8 +178,7 @@ def fit_labellings(x, plan: Plan, signs: np.ndarray):
         scale, penalty = problem.spreads(weights), _choose_penalty(problem, plan)
     else:
         plus, minus = weights.reshape(2, plan.n, -1)
-        # Centring is absorbed by the intercept, so only the standard deviation of the mirrored rows matters.
-        scale = problem.spreads(plus + minus, problem.z.T @ (plus - minus))
+        scale = problem.spreads(plus + minus, problem.z.T @ (plus - minus))  # the intercept absorbs centring
         penalty = 1 / keep.sum(0)  # C = 1
         weights = 0.5 * np.vstack([plus / plus.sum(0), minus / minus.sum(0)])  # classes balanced
     per_block = max(1, BLOCK // (max(problem.z.shape) * plan.folds))
@@ -209,9 +201,8 @@ def _choose_penalty(problem: Problem, plan: Plan) -> np.ndarray:
     row_loss = np.logaddexp(0, -(problem.z @ (w / scale)))
     fold_loss = ((np.arange(plan.folds)[:, None] == plan.fold) @ row_loss).reshape(plan.folds, -1, len(grid))
     loss = np.zeros((plan.folds, len(grid)))
-    for k, (a, b) in enumerate(left_out):
-        loss[a] += fold_loss[b, k]
-        loss[b] += fold_loss[a, k]
+    for k, two in enumerate(left_out):
+        loss[two] += fold_loss[two[::-1], k]
     return grid[loss.argmin(1)]
 
 
