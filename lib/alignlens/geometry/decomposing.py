@@ -12,27 +12,22 @@ def decompose(base, aligned, groups, *, folds=5, seed=0, bootstrap=1000) -> Data
     """Split what probes read in two models into kept, rotated, attenuated and created, in AUROC above 0.5.
 
     base, aligned, groups, folds, seed, bootstrap : as in `probes.transfer`, but chosen and rejected are both needed
-
     Returns one row a layer; numbers but the last two with `_low`, `_high` (95 %, the same groups redrawn for both):
     base, aligned : held-out AUROC of each model's own grouped probe
-    direct, repaired : AUROC of base's probe on aligned, as it is, and after undoing the best orthogonal map and scale
-        from base to aligned, fitted on the streams of the training folds (chosen and rejected each about their mean,
-        so that the map knows no label; at most 384 components)
+    direct, repaired : AUROC of base's probe on aligned as it is, and with the best orthogonal map and scale undone,
+        fitted on the streams of the training folds (each kind about its mean, at most 384 components)
     change = aligned - base, gap = aligned - direct, repair = repaired - direct
     kept : what base's probe reads in aligned, no more than either own probe reads
-    rotated : what both own probes read and base's probe misses; rotated_repaired : how much of it the map restores
-    attenuated, created : what only base's, and only aligned's, own probe reads
-        kept + rotated + attenuated = base - 0.5 and kept + rotated + created = aligned - 0.5 (0 where below chance)
-    verdict : "none" if neither own probe is above chance (`_low` > 0.5); else "rotated" if rotated_low > 0, followed by
-        "repaired" if also repair_low > 0; "attenuated" if change_high < 0; "created" if change_low > 0; joined by "+";
-        "kept" if none of these holds. "unknown" without bootstrap. No correction for the number of
-        layers
-    signal_ratio, spread_ratio : mean and standard deviation of base's probe's held-out scores, aligned over base.
-        AUROC does not see scale: a copy at half the size is kept, with both ratios 0.5
-
-    "Rotated" means that base's direction misses signal; only "repaired" says that one orthogonal map of the whole
-    stream explains it. Clipped parts are biased upward on noise: read them with their intervals.
-    Raises GeometryError if streams are missing, ProbeError as `probes.transfer`.
+    rotated : what both own probes read and base's misses; rotated_repaired : how much of it the map restores
+    attenuated, created : what only base's, and only aligned's, own probe reads kept + rotated + attenuated = base -
+        0.5, kept + rotated + created = aligned - 0.5 (0 where below chance)
+    verdict : "none" if neither own `_low` > 0.5; else, joined by "+", "rotated" if rotated_low > 0, "repaired" if
+        repair_low > 0 too, "attenuated" if change_high < 0, "created" if change_low > 0; else "kept"; "unknown" without
+        bootstrap
+    signal_ratio, spread_ratio : mean and standard deviation of the held-out scores of base's probe, aligned over base
+    Only "repaired" says that one orthogonal map of the stream explains the turn. Clipped parts are biased upward on
+    noise; nothing is corrected for the number of layers. Raises GeometryError without streams, ProbeError as
+    `probes.transfer`.
     """
     models = both_streams(base, aligned)
     plan = inputs.plan_folds(models[0].shape[0], groups, "grouped", folds, seed)
@@ -64,8 +59,7 @@ def _undo(base: list[np.ndarray], aligned: list[np.ndarray], plan) -> np.ndarray
         x, y = (np.concatenate([a[~held] - a[~held].mean(0) for a in model]) for model in (base, aligned))
         xx, yy = x.T @ x, y.T @ y
         if np.trace(xx) > 0 and np.trace(yy) > 0:
-            # All components: preference may lie in the faintest one.
-            basis = joint_components(xx, yy, len(x), 1.0)[0]
+            basis = joint_components(xx, yy, len(x), 1.0)[0]  # all: preference may lie in the faintest one
             xy = (x @ basis).T @ (y @ basis)
             turn = polar(xy)
             scale = np.sum(turn * xy) / np.sum(xx * (basis @ basis.T))
