@@ -32,10 +32,7 @@ def planted_pairs(n_pairs: int, layers: int, d_model: int, *, layer: int, streng
 
 
 def rotated_copy(x: np.ndarray, degrees: float, *, scale: float = 1.0, seed: int = 0) -> np.ndarray:
-    """Turn `x` [..., d] by `degrees` in each of d // 2 random orthogonal planes, then multiply it by `scale`.
-
-    Every vector turns by that angle (for odd d one random direction stays). float64 inside, returned in x's dtype.
-    """
+    """Turn `x` [..., d] by `degrees` in d // 2 random orthogonal planes (odd d: one direction stays), times `scale`."""
     frame = np.linalg.qr(np.random.default_rng(seed).standard_normal((x.shape[-1],) * 2))[0]
     coordinates, half = x.astype(np.float64) @ frame, x.shape[-1] // 2
     first, second = coordinates[..., :half].copy(), coordinates[..., half : 2 * half].copy()

@@ -9,7 +9,6 @@ import pandas as pd
 from scipy.stats import false_discovery_control, norm
 
 Z95 = 1.96  # half a 95 % interval of a normal estimate, in standard errors
-CENTRAL = (2.5, 97.5)  # percentiles
 
 
 def resample(count: int, draws: int, rng) -> np.ndarray:
@@ -18,10 +17,7 @@ def resample(count: int, draws: int, rng) -> np.ndarray:
 
 
 def bootstrap_weights(group: np.ndarray, draws: int, seed: int) -> np.ndarray:
-    """How often each row counts, float32 [1 + draws, rows], when groups are redrawn; row 0 is the sample itself.
-
-    group : int [rows], 0 .. n_groups - 1. Other draws than those of ``resample``.
-    """
+    """How often each row counts, float32 [1 + draws, rows], as groups 0 .. of ``group`` are redrawn; row 0: once."""
     n_groups = group.max() + 1
     drawn = np.random.default_rng([seed, 1]).integers(n_groups, size=(draws, n_groups))
     drawn += n_groups * np.arange(draws)[:, None]
@@ -50,7 +46,7 @@ def alternating_halves(groups) -> np.ndarray:
 
 def interval(draws: np.ndarray, axis: int = 0) -> np.ndarray:
     """Central 95 % of bootstrap draws: [2, ...], low and high. A draw that is NaN does not count."""
-    return (np.nanpercentile if np.isnan(draws).any() else np.percentile)(draws, CENTRAL, axis=axis)
+    return (np.nanpercentile if np.isnan(draws).any() else np.percentile)(draws, (2.5, 97.5), axis=axis)
 
 
 def with_intervals(values: dict[str, np.ndarray]) -> dict[str, float]:
@@ -75,10 +71,7 @@ def p_value(value, low, high, *, above: bool = False):
 
 
 def corrected(p, by=None):
-    """p-values at a controlled false discovery rate (Benjamini and Hochberg, 1995), within each value of ``by``.
-
-    p : array, or Series (needed for ``by``, a Series of the same index); NaN was not tested and stays NaN.
-    """
+    """Benjamini-Hochberg p-values, of a Series within each value of the Series ``by``; NaN was not tested and stays."""
     if by is not None:
         return p.groupby(by).transform(corrected)
     known, out = np.isfinite(p), p.copy()

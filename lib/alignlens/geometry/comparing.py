@@ -74,9 +74,9 @@ def compare_layers(base, aligned, groups, *, seed=0) -> DataFrame:
     blocks = min(BLOCKS, group.max() + 1)
     block = (np.random.default_rng([seed, 2]).permutation(group.max() + 1) % blocks)[group]
     member = np.equal.outer(np.arange(blocks), block).astype(np.float64)
-    splits, rows, quantile = list(_splits(group, seed)), [], stats.t.ppf(0.975, blocks - 1)
-    kept = [np.full(len(group), True)] * 2 + [splits[0], ~splits[0]]
-    plans = [inputs.plan_folds(keep.sum(), group[keep], seed=seed) for keep in kept]
+    splits, rows, quantile = _splits(group, seed), [], stats.t.ppf(0.975, blocks - 1)
+    masks = [np.full(len(group), True)] * 2 + [splits[0], ~splits[0]]
+    kept = [(keep, inputs.plan_folds(keep.sum(), group[keep], seed=seed)) for keep in masks]
     for layer, (d, e) in enumerate(zip(*models, strict=True)):
         x, y = (np.concatenate([a[:, layer] for a in model.arrays]).astype(np.float64) for model in models)
         numbers, left_out = compare_rows(x, y, np.tile(block, 2), blocks)
@@ -90,8 +90,7 @@ def compare_layers(base, aligned, groups, *, seed=0) -> DataFrame:
             numbers |= {f"{name}_low": low, f"{name}_high": high}
         numbers |= {f"rotation_degrees_{s}": np.sqrt(numbers.pop(f"square_degrees_{s}")) for s in ("low", "high")}
         numbers["mean_cosine_floor"] = np.mean([cosine(d[first].mean(0), d[~first].mean(0)) for first in splits])
-        fits = [solver.fit(z[keep], plan) for z, keep, plan in zip((d, e, d, d), kept, plans, strict=True)]
-        probes = [fit.directions.mean(1) for fit in fits]
+        probes = [solver.fit(z[keep], plan).directions.mean(1) for z, (keep, plan) in zip((d, e, d, d), kept, strict=True)]
         numbers |= {"probe_cosine": cosine(*probes[:2]), "probe_cosine_floor": cosine(*probes[2:])}
         between = angles(d.T @ d, e.T @ e, min(5, *d.shape))
         numbers |= {f"preference_angle_{i}": angle for i, angle in enumerate(between, 1)}
@@ -99,10 +98,9 @@ def compare_layers(base, aligned, groups, *, seed=0) -> DataFrame:
     return DataFrame(rows).drop(columns="square_degrees")
 
 
-def _splits(group: np.ndarray, seed: int):
-    """Masks of the rows in the first half, groups kept together."""
+def _splits(group: np.ndarray, seed: int) -> list[np.ndarray]:
     rng = np.random.default_rng([seed, 3])
-    return ((rng.permutation(group.max() + 1) % 2 == 0)[group] for _ in range(10))
+    return [(rng.permutation(group.max() + 1) % 2 == 0)[group] for _ in range(10)]  # masks of the first halves
 
 
 def _preference(moments, without: int | None = None) -> dict:

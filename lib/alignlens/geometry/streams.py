@@ -11,7 +11,6 @@ from alignlens.probes.inputs import Differences, refuse, same_rows
 
 
 def both_streams(base, aligned) -> list[Differences]:
-    """Both models with chosen and rejected; GeometryError if one holds differences only."""
     models = same_rows(base, aligned)
     bare = any(len(model.arrays) < 2 for model in models)
     refuse(bare, "base or aligned holds differences only: pass chosen and rejected, to fit the map.", GeometryError)
@@ -19,7 +18,6 @@ def both_streams(base, aligned) -> list[Differences]:
 
 
 def checked_rows(x, name: str) -> np.ndarray:
-    """Rows of one layer as float64 [rows, d]; GeometryError if they are too few or not finite."""
     x = np.asarray(x, np.float64)
     refuse(x.ndim != 2 or len(x) < 16, f"{name} has shape {x.shape}: pass at least 16 rows [rows, d].", GeometryError)
     bad = np.flatnonzero(~np.isfinite(x).all(1))
@@ -27,9 +25,7 @@ def checked_rows(x, name: str) -> np.ndarray:
     return x
 
 
-class Sums(NamedTuple):
-    """Sums over centred rows, in a basis of `rank` directions: all that an orthogonal map needs, additive over rows."""
-
+class Sums(NamedTuple):  # over centred rows in a basis of `rank` directions: all that an orthogonal map needs
     xx: np.ndarray  # [rank, rank]
     xy: np.ndarray  # [rank, rank], x' y
     yy: np.ndarray  # [rank, rank]
@@ -47,10 +43,7 @@ class Sums(NamedTuple):
 
 
 def compare_rows(x, y, block: np.ndarray, blocks: int = 2):
-    """The numbers of `compare`, and those with intervals as each block of block [rows] is left out, if more than two.
-
-    Maps are fitted on even and odd blocks. Adds square_degrees: near zero only the square of an angle has a spread.
-    """
+    """Numbers of `compare` and square_degrees; if blocks > 2, also those with intervals as each block is left out."""
     mean_x, mean_y = x.mean(0), y.mean(0)
     raw = np.linalg.norm(y, axis=1).mean() / np.linalg.norm(x, axis=1).mean()
     x, y = x - mean_x, y - mean_y
@@ -88,8 +81,6 @@ def compare_rows(x, y, block: np.ndarray, blocks: int = 2):
 def _numbers(half: list[Sums], maps: list[np.ndarray], curvature: float) -> dict:
     """What needs an orthogonal map: fitted on each half (`maps`), read on the other."""
     both = Sums.total(half)
-    # Noise makes the fitted overlap too large by as much as the held-out one too small, to second order: norm_ratio is
-    # read from their mean.
     fitted, held_out = ([np.sum(r * h.xy) for r, h in zip(order, half, strict=True)] for order in (maps, maps[::-1]))
     xx, xy, yy = np.stack([sums.whole for sums in half], axis=1)
     rest = xy - [np.trace(sums.xy) for sums in half]  # overlap of the part that no map turns
@@ -106,6 +97,7 @@ def _numbers(half: list[Sums], maps: list[np.ndarray], curvature: float) -> dict
     square = curvature * weight @ chord / weight.sum() if weight.any() else np.nan
     numbers = {"identity_residual": residual[0], "procrustes_residual": residual[1]}
     numbers |= {"square_degrees": np.degrees(np.degrees(min(square, np.pi**2))), "map_agreement": variance @ agreement}
+    # Noise makes the fitted overlap too large by as much as the held-out one too small, to second order.
     return numbers | {"norm_ratio": (sum(fitted) + sum(held_out)) / (2 * total)}
 
 
@@ -145,8 +137,7 @@ def eigen(symmetric: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def leading_rank(gram: np.ndarray) -> int:
-    """Fewest components that hold 90 % of the variance, at most 10."""
-    values = eigen(gram, min(10, len(gram)))[0]
+    values = eigen(gram, min(10, len(gram)))[0]  # at most 10 components, enough for 90 % of the variance
     return int(min(np.searchsorted(np.cumsum(values), 0.9 * np.trace(gram)) + 1, len(values)))
 
 
@@ -160,5 +151,4 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def ratio(top: float, bottom: float) -> float:
-    """Quotient; NaN over zero."""
     return top / bottom if bottom else np.nan

@@ -15,10 +15,7 @@ def refuse(wrong: bool, message: str, error: type[Exception] = ProbeError) -> No
 
 
 class Differences:
-    """chosen - rejected, checked once; iterates over layers, each float64 [pairs, d_model]; `name` is for messages.
-
-    source : an object with .chosen and .rejected, a tuple of both, or their difference, [pairs, layers, d_model].
-    """
+    """chosen - rejected of an object or tuple with both, or given as one array: [pairs, layers, d_model], read by layer."""
 
     def __init__(self, source, name: str = ""):
         if hasattr(source, "chosen") and hasattr(source, "rejected"):
@@ -38,7 +35,6 @@ class Differences:
 
 
 def same_rows(base, aligned) -> list[Differences]:
-    """Both models' differences; ProbeError if they differ in shape."""
     models = [Differences(base, "base"), Differences(aligned, "aligned")]
     shapes = f"base is {models[0].shape} and aligned {models[1].shape}"
     refuse(models[0].shape != models[1].shape, f"{shapes}: read both models on the same pairs, at the same layers.")

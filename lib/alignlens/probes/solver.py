@@ -10,8 +10,7 @@ from scipy.special import expit
 
 from alignlens.probes.inputs import Plan
 
-# Grid of the grouped protocol: p in mean log-loss + p/2 |w|^2, w in standardised units; strongest first.
-PENALTIES = (10.0, 1.0, 0.1, 0.01, 1e-3, 1e-4)
+PENALTIES = (10.0, 1.0, 0.1, 0.01, 1e-3, 1e-4)  # grouped: p in mean log-loss + p/2 |w|^2, w in standardised units
 TOLERANCE = 1e-4  # solved when the gradient is this share of its norm at w = 0
 MAX_ITERATIONS = 1000
 BLOCK = 1 << 22  # array elements worked on at once (32 MB of float64): bounds memory for any number of columns
@@ -25,8 +24,7 @@ class Problem:
         self.spread = _safe(np.sqrt((x**2).mean(0)))
         self.z = x @ sparse.diags_array(1 / self.spread) if sparse.issparse(x) else x / self.spread
         rank = min(self.n, d, 256)  # directions that the preconditioner treats exactly
-        # Leading eigenvectors and eigenvalues of z'z/n by subspace iteration, and the mean of the others.
-        basis = np.random.default_rng(0).standard_normal((d, rank))
+        basis = np.random.default_rng(0).standard_normal((d, rank))  # subspace iteration on z'z/n
         for _ in range(2):
             basis = np.linalg.qr(self.z.T @ (self.z @ basis))[0]
         image = self.z @ basis
@@ -42,10 +40,10 @@ class Problem:
     def solve(self, scale, weights, penalty, signs) -> tuple[np.ndarray, np.ndarray]:
         """Minimise sum_i weight_i log(1 + exp(-margin_i)) + penalty/2 |w|^2, one independent problem a column.
 
-        scale [d, columns]: z / scale are the standardised features, units of w. weights: [n, columns], or [2n, columns]
-        (rows x, then -x) for an intercept; columns sum to 1. signs [n, columns]: -1 swaps chosen and rejected.
-        Polak-Ribiere conjugate gradient, preconditioned with the Hessian at w = 0; a step is one Newton step along the
-        line, shortened when it overshoots. Returns w [d, columns] and intercepts [columns].
+        scale [d, columns]: w is in units of z / scale. weights [n, columns], or [2n, columns] (rows x, then -x) for an
+        intercept: columns sum to 1. signs [n, columns]: -1 swaps chosen and rejected. Polak-Ribiere conjugate gradient,
+        preconditioned with the Hessian at w = 0, Newton steps along the line. Returns w [d, columns], intercepts
+        [columns].
         """
         d, columns = scale.shape
         ridge = np.zeros((d + (len(weights) > self.n), columns))  # the intercept is one more row, unpenalised
@@ -136,8 +134,7 @@ class Probes(NamedTuple):
 
     @property
     def directions(self) -> np.ndarray:
-        """Weights [d, columns] in the units of the differences."""
-        return self.w / (self.problem.spread[:, None] * self.scale)
+        return self.w / (self.problem.spread[:, None] * self.scale)  # [d, columns], in the units of the differences
 
     def scores(self, x) -> tuple[np.ndarray, np.ndarray]:
         """Held-out scores [pairs, labellings] of the rows x and -x, each by the probe that did not train on it."""
@@ -146,17 +143,14 @@ class Probes(NamedTuple):
         return margin[pairs, fold] + self.intercept[fold], self.intercept[mirror_fold] - margin[pairs, mirror_fold]
 
     def influence(self, x, slope: np.ndarray) -> np.ndarray:
-        """Derivative of metrics to each pair's weight in training [pairs, metrics]; grouped protocol only.
-
-        slope [pairs, metrics]: derivative to each held-out score, first labelling first. A weight moves w by inverse
-        Hessian times its gradient, w moves the scores; read backwards that is one solve per fold and metric.
-        """
+        """Derivative [pairs, metrics] of metrics to each pair's weight in training, from their slope in held-out scores."""
         folds, metrics = self.plan.folds, slope.shape[1]
         column = np.repeat(np.arange(self.w.shape[1]), metrics // self.intercept.shape[1])
         scale, weights, penalty, signs = (a[..., column] for a in (self.scale, self.weights, self.penalty, self.signs))
         held = np.repeat(np.equal.outer(self.plan.fold, np.arange(folds)), metrics, axis=1)
         target = x.T @ (held * signs * np.tile(slope, (1, folds))) / (self.problem.spread[:, None] * scale)
         chance = expit(-signs * (self.problem.z @ (self.w / self.scale))[:, column])
+        # Backwards: a weight moves w by inverse Hessian times its gradient, and w moves the scores.
         adjoint = self.problem.solve_hessian(target, scale, weights * chance * (1 - chance), penalty)
         effect = weights * chance * signs * (self.problem.z @ (adjoint / scale))
         effect -= weights * effect.sum(0)  # the loss is a mean: more weight here is less everywhere else
@@ -207,5 +201,4 @@ def _choose_penalty(problem: Problem, plan: Plan) -> np.ndarray:
 
 
 def _safe(scale: np.ndarray) -> np.ndarray:
-    """A divisor: zeros, which only meet zero numerators, become one."""
-    return np.where(scale > 0, scale, 1)
+    return np.where(scale > 0, scale, 1)  # a divisor: zeros meet zero numerators
