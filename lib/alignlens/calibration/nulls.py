@@ -1,8 +1,4 @@
-"""Known answers: data about which the right result is known before any instrument looks.
-
-Noise in must give nothing out, a planted effect must come back at its planted place and size, and a copy turned by a
-known angle must measure as that angle. To correct many p-values at once use `core.statistics.corrected`.
-"""
+"""Known answers: data about which the right result is known before any instrument looks."""
 
 from typing import NamedTuple
 
@@ -19,17 +15,14 @@ class Pairs(NamedTuple):
 def gaussian_pairs(n_pairs: int, layers: int, d_model: int, *, seed: int = 0) -> Pairs:
     """Chosen and rejected drawn independently from N(0, 1): no instrument may tell them apart."""
     rng = np.random.default_rng(seed)
-    shape = (n_pairs, layers, d_model)
-    return Pairs(rng.standard_normal(shape, dtype=np.float32), rng.standard_normal(shape, dtype=np.float32))
+    return Pairs(*(rng.standard_normal((n_pairs, layers, d_model), dtype=np.float32) for _ in Pairs._fields))
 
 
 def planted_pairs(n_pairs: int, layers: int, d_model: int, *, layer: int, strength: float, seed: int = 0):
-    """Gaussian pairs whose chosen states are moved by `strength` along one unit direction, at one layer only.
+    """Gaussian pairs, chosen moved by `strength` along one unit direction at one layer; returns them and the direction.
 
-    Along that direction the difference chosen - rejected is N(strength, 2), so with Phi the standard normal CDF the
-    best linear probe there has accuracy Phi(strength / sqrt 2) and AUROC Phi(strength); elsewhere both are 0.5.
-
-    Returns the pairs and the direction [d_model]. Raises IndexError if there is no such layer.
+    chosen - rejected is N(strength, 2) along it, so with Phi the normal CDF the best linear probe there has accuracy
+    Phi(strength / sqrt 2) and AUROC Phi(strength); elsewhere both are 0.5. IndexError if there is no such layer.
     """
     pairs = gaussian_pairs(n_pairs, layers, d_model, seed=seed)
     direction = np.random.default_rng([seed, 1]).standard_normal(d_model).astype(np.float32)
@@ -39,14 +32,9 @@ def planted_pairs(n_pairs: int, layers: int, d_model: int, *, layer: int, streng
 
 
 def rotated_copy(x: np.ndarray, degrees: float, *, scale: float = 1.0, seed: int = 0) -> np.ndarray:
-    """Turn `x` [..., d] by `degrees` in each of d // 2 random orthogonal planes, then multiply it by `scale`.
-
-    Every vector turns by exactly that angle (d even; when d is odd one random direction stays where it is), so the
-    true orthogonal map, its angle and the norm ratio are all known. float64 inside, returned in the dtype of `x`.
-    """
+    """Turn `x` [..., d] by `degrees` in d // 2 random orthogonal planes (odd d: one direction stays), times `scale`."""
     frame = np.linalg.qr(np.random.default_rng(seed).standard_normal((x.shape[-1],) * 2))[0]
-    coordinates = x.astype(np.float64) @ frame
-    half = x.shape[-1] // 2
+    coordinates, half = x.astype(np.float64) @ frame, x.shape[-1] // 2
     first, second = coordinates[..., :half].copy(), coordinates[..., half : 2 * half].copy()
     cosine, sine = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
     coordinates[..., :half] = cosine * first - sine * second

@@ -1,17 +1,14 @@
 """Statistics that several instruments share: resampling of prompts, intervals, p-values, halves.
 
-A *group* is a prompt: all answers and all copies of it are drawn, held out or flipped together. Intervals are central
-95 % intervals; a table holds one as the columns ``name``, ``name_low`` and ``name_high``.
+A *group* is a prompt, with all its answers and copies. A table holds a central 95 % interval as ``name_low``,
+``name_high`` beside ``name``.
 """
-
-from __future__ import annotations
 
 import numpy as np
 import pandas as pd
 from scipy.stats import false_discovery_control, norm
 
 Z95 = 1.96  # half a 95 % interval of a normal estimate, in standard errors
-CENTRAL = (2.5, 97.5)  # percentiles
 
 
 def resample(count: int, draws: int, rng) -> np.ndarray:
@@ -20,10 +17,7 @@ def resample(count: int, draws: int, rng) -> np.ndarray:
 
 
 def bootstrap_weights(group: np.ndarray, draws: int, seed: int) -> np.ndarray:
-    """How often each row counts, float32 [1 + draws, rows], when the groups that hold the rows are redrawn.
-
-    group : int [rows], 0 .. n_groups - 1. Row 0 is the sample itself. Other draws than those of ``resample``.
-    """
+    """How often each row counts, float32 [1 + draws, rows], as groups 0 .. of ``group`` are redrawn; row 0: once."""
     n_groups = group.max() + 1
     drawn = np.random.default_rng([seed, 1]).integers(n_groups, size=(draws, n_groups))
     drawn += n_groups * np.arange(draws)[:, None]
@@ -33,14 +27,12 @@ def bootstrap_weights(group: np.ndarray, draws: int, seed: int) -> np.ndarray:
 
 def random_signs(index: np.ndarray, draws: int, *, seed: int = 0) -> np.ndarray:
     """Fair signs [rows, draws] in {-1, 1}: one per value of the integer ``index`` [rows], shared by its rows."""
-    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(index.max() + 1, draws))
-    return signs[index]
+    return np.random.default_rng(seed).choice([-1.0, 1.0], size=(index.max() + 1, draws))[index]
 
 
 def by_group(values: np.ndarray, groups) -> tuple[np.ndarray, np.ndarray]:
     """Sums and counts [groups, ...] over groups of the finite values [rows, ...]; groups in sorted order."""
-    index = np.unique(groups, return_inverse=True)[1]
-    known = np.isfinite(values)
+    index, known = np.unique(groups, return_inverse=True)[1], np.isfinite(values)
     sums, counts = np.zeros((2, index.max() + 1, *values.shape[1:]))
     np.add.at(sums, index, np.where(known, values, 0.0))
     np.add.at(counts, index, known)
@@ -54,8 +46,7 @@ def alternating_halves(groups) -> np.ndarray:
 
 def interval(draws: np.ndarray, axis: int = 0) -> np.ndarray:
     """Central 95 % of bootstrap draws: [2, ...], low and high. A draw that is NaN does not count."""
-    percentile = np.nanpercentile if np.isnan(draws).any() else np.percentile
-    return percentile(draws, CENTRAL, axis=axis)
+    return (np.nanpercentile if np.isnan(draws).any() else np.percentile)(draws, (2.5, 97.5), axis=axis)
 
 
 def with_intervals(values: dict[str, np.ndarray]) -> dict[str, float]:
@@ -73,20 +64,14 @@ def standard_error(low, high, *, least: float = 1e-12):
 
 
 def p_value(value, low, high, *, above: bool = False):
-    """p of no effect for a normal estimate with a 95 % interval: two-sided, or one-sided that it is above zero.
-
-    Numbers, arrays or Series; a Series gives a Series, ready for ``corrected``.
-    """
+    """p of no effect from a 95 % interval, two-sided or one-sided (above zero): numbers, arrays, or Series as given."""
     error = standard_error(low, high)
     p = norm.sf(value / error) if above else 2 * norm.sf(abs(value) / error)
     return pd.Series(p, value.index) if isinstance(value, pd.Series) else p
 
 
 def corrected(p, by=None):
-    """p-values at a controlled false discovery rate (Benjamini and Hochberg, 1995), within each value of ``by``.
-
-    p : array, or Series (needed for ``by``, a Series of the same index); NaN was not tested and stays NaN.
-    """
+    """Benjamini-Hochberg p-values, of a Series within each value of the Series ``by``; NaN was not tested and stays."""
     if by is not None:
         return p.groupby(by).transform(corrected)
     known, out = np.isfinite(p), p.copy()
@@ -98,19 +83,18 @@ def corrected(p, by=None):
 def over_seeds(table: pd.DataFrame, names: list[str], keys=("family", "method", "layer")) -> pd.DataFrame:
     """Mean over seeds with a 95 % interval from prompts and seeds: keys, and for each name: name, _low, _high.
 
-    Seeds share their prompts, so the error from prompts does not average out; the spread between seeds does:
-    variance = mean variance over prompts + variance between seeds / number of seeds.
+    Seeds share prompts: variance = mean variance over prompts + variance between seeds / number of seeds.
     """
     out = []
     for key, rows in table.groupby(list(keys), sort=False):
         row = dict(zip(keys, key, strict=True))
         for name in names:
-            values = rows[name].to_numpy(float)
-            between = values.var(ddof=1) / len(values) if len(values) > 1 else 0.0
-            within = 0.0
+            values, variance = rows[name].to_numpy(float), 0.0
             if f"{name}_low" in rows:
-                within = (standard_error(rows[f"{name}_low"], rows[f"{name}_high"], least=0.0) ** 2).mean()
-            half = Z95 * np.sqrt(within + between)
-            row |= {name: values.mean(), f"{name}_low": values.mean() - half, f"{name}_high": values.mean() + half}
+                variance = (standard_error(rows[f"{name}_low"], rows[f"{name}_high"], least=0.0) ** 2).mean()
+            if len(values) > 1:
+                variance += values.var(ddof=1) / len(values)
+            mean, half = values.mean(), Z95 * np.sqrt(variance)
+            row |= {name: mean, f"{name}_low": mean - half, f"{name}_high": mean + half}
         out.append(row)
     return pd.DataFrame(out)

@@ -12,27 +12,20 @@ def decompose(base, aligned, groups, *, folds=5, seed=0, bootstrap=1000) -> Data
     """Split what probes read in two models into kept, rotated, attenuated and created, in AUROC above 0.5.
 
     base, aligned, groups, folds, seed, bootstrap : as in `probes.transfer`, but chosen and rejected are both needed
-
     Returns one row a layer; numbers but the last two with `_low`, `_high` (95 %, the same groups redrawn for both):
     base, aligned : held-out AUROC of each model's own grouped probe
-    direct, repaired : AUROC of base's probe on aligned, as it is, and after undoing the best orthogonal map and scale
-        from base to aligned, fitted on the streams of the training folds (chosen and rejected each about their mean,
-        so that the map knows no label; at most 384 components)
+    direct, repaired : AUROC of base's probe on aligned as it is, and with the best orthogonal map and scale undone,
+        fitted on streams of the training folds (each kind about its mean, at most 384 components)
     change = aligned - base, gap = aligned - direct, repair = repaired - direct
     kept : what base's probe reads in aligned, no more than either own probe reads
-    rotated : what both own probes read and base's probe misses; rotated_repaired : how much of it the map restores
-    attenuated, created : what only base's, and only aligned's, own probe reads
-        kept + rotated + attenuated = base - 0.5 and kept + rotated + created = aligned - 0.5 (0 where below chance)
-    verdict : "none" if neither own probe is above chance (`_low` > 0.5); else "rotated" if rotated_low > 0, followed by
-        "repaired" if also repair_low > 0; "attenuated" if change_high < 0; "created" if change_low > 0; joined by "+";
-        "kept" if none of these holds. "unknown" without bootstrap. No correction for the number of
-        layers
-    signal_ratio, spread_ratio : mean and standard deviation of base's probe's held-out scores, aligned over base.
-        AUROC does not see scale: a copy at half the size is kept, with both ratios 0.5
-
-    "Rotated" means that base's direction misses signal; only "repaired" says that one orthogonal map of the whole
-    stream explains it. Clipped parts are biased upward on noise: read them with their intervals.
-    Raises GeometryError if streams are missing, ProbeError as `probes.transfer`.
+    rotated : what both own probes read and base's misses; rotated_repaired : how much of it the map restores
+    attenuated, created : what only base's, only aligned's own probe reads; base - 0.5 = kept + rotated + attenuated
+    verdict : "none" if neither own `_low` > 0.5; else, joined by "+", "rotated" if rotated_low > 0 with "repaired" if
+        repair_low > 0, "attenuated" if change_high < 0, "created" if change_low > 0; else "kept". "unknown": no
+        bootstrap
+    signal_ratio, spread_ratio : mean and standard deviation of the held-out scores of base's probe, aligned over base
+    Only "repaired" says that one orthogonal map explains the turn. Clipped parts are biased upward on noise; layers are
+    not corrected for. Raises GeometryError without both sides, ProbeError as `probes.transfer`.
     """
     models = both_streams(base, aligned)
     plan = inputs.plan_folds(models[0].shape[0], groups, "grouped", folds, seed)
@@ -50,8 +43,7 @@ def decompose(base, aligned, groups, *, folds=5, seed=0, bootstrap=1000) -> Data
         values |= {"attenuated": np.maximum(first - 0.5, 0) - both, "created": np.maximum(second - 0.5, 0) - both}
         numbers, (score_x, score_y) = with_intervals(values), (probe.scores(at)[0][:, 0] for at in (x, y))
         numbers |= {"verdict": _verdict(numbers), "signal_ratio": ratio(score_y.mean(), score_x.mean())}
-        numbers["spread_ratio"] = ratio(score_y.std(), score_x.std())
-        rows.append({"layer": layer} | numbers)
+        rows.append({"layer": layer} | numbers | {"spread_ratio": ratio(score_y.std(), score_x.std())})
     return DataFrame(rows)
 
 
@@ -64,10 +56,8 @@ def _undo(base: list[np.ndarray], aligned: list[np.ndarray], plan) -> np.ndarray
         x, y = (np.concatenate([a[~held] - a[~held].mean(0) for a in model]) for model in (base, aligned))
         xx, yy = x.T @ x, y.T @ y
         if np.trace(xx) > 0 and np.trace(yy) > 0:
-            # All components: preference may lie in the faintest one.
-            basis = joint_components(xx, yy, len(x), 1.0)[0]
-            xy = (x @ basis).T @ (y @ basis)
-            turn = polar(xy)
+            basis = joint_components(xx, yy, len(x), 1.0)[0]  # all: preference may lie in the faintest one
+            turn = polar(xy := (x @ basis).T @ (y @ basis))
             scale = np.sum(turn * xy) / np.sum(xx * (basis @ basis.T))
             inside = out[held] @ basis
             out[held] = (out[held] + (inside @ turn.T - inside) @ basis.T) / (scale if scale > 0 else 1.0)
@@ -79,7 +69,6 @@ def _verdict(numbers: dict) -> str:
         return "unknown"
     if not max(numbers["base_low"], numbers["aligned_low"]) > 0.5:
         return "none"
-    rotated = numbers["rotated_low"] > 0
-    words = {"rotated": rotated, "repaired": rotated and numbers["repair_low"] > 0}
+    words = {"rotated": (rotated := numbers["rotated_low"] > 0), "repaired": rotated and numbers["repair_low"] > 0}
     words |= {"attenuated": numbers["change_high"] < 0, "created": numbers["change_low"] > 0}
     return "+".join(word for word, holds in words.items() if holds) or "kept"

@@ -10,17 +10,12 @@ from alignlens.core.errors import ProbeError
 
 
 def refuse(wrong: bool, message: str, error: type[Exception] = ProbeError) -> None:
-    """Raise the error with the message if something is wrong."""
     if wrong:
         raise error(message)
 
 
 class Differences:
-    """chosen - rejected, checked once and handed out one float64 layer [pairs, d_model] at a time.
-
-    source : anything with ``.chosen`` and ``.rejected``, a tuple of both, or the difference itself; arrays [pairs,
-        layers, d_model]. name : the model, for messages. Iterates over layers.
-    """
+    """chosen - rejected of an object or tuple with both, or given as one array: [pairs, layers, d_model], read by layer."""
 
     def __init__(self, source, name: str = ""):
         if hasattr(source, "chosen") and hasattr(source, "rejected"):
@@ -40,7 +35,6 @@ class Differences:
 
 
 def same_rows(base, aligned) -> list[Differences]:
-    """Both models' differences; ProbeError if they differ in shape."""
     models = [Differences(base, "base"), Differences(aligned, "aligned")]
     shapes = f"base is {models[0].shape} and aligned {models[1].shape}"
     refuse(models[0].shape != models[1].shape, f"{shapes}: read both models on the same pairs, at the same layers.")
@@ -48,7 +42,7 @@ def same_rows(base, aligned) -> list[Differences]:
 
 
 def features(chosen, rejected):
-    """chosen - rejected of features without layers: float64 [pairs, k], dense, or sparse with the columns in use."""
+    """chosen - rejected without layers: float64 [pairs, k], dense, or sparse with only the columns in use."""
     forms = [sparse.issparse(side) and side.shape for side in (chosen, rejected)]
     refuse(forms[0] != forms[1], f"sparse shapes of chosen and rejected are {forms}: pass both in the same form.")
     if not forms[0]:
@@ -56,12 +50,11 @@ def features(chosen, rejected):
         return Differences(tuple(np.asarray(side).reshape(len(side), 1, -1) for side in (chosen, rejected)))[0]
     x = sparse.csr_array(chosen, dtype=np.float64) - sparse.csr_array(rejected, dtype=np.float64)
     refuse(not np.isfinite(x.data).all(), "sparse values of chosen - rejected are NaN or infinite: drop these pairs.")
-    # A column that is zero in every pair has weight zero: most of a vocabulary costs nothing.
-    return x[:, np.union1d(x.indices[x.data != 0], [0])]
+    return x[:, np.union1d(x.indices[x.data != 0], [0])]  # the weight of a column of zeros would be zero
 
 
 class Plan(NamedTuple):
-    """Who is held out when. A pair is two rows, x and -x; under the grouped protocol they share a fold."""
+    """Who is held out when. Both rows of a pair, x and -x, share a fold under the grouped protocol."""
 
     grouped: bool
     folds: int
@@ -72,7 +65,7 @@ class Plan(NamedTuple):
 
 
 def plan_folds(n: int, groups, protocol: str = "grouped", folds: int = 5, seed: int = 0) -> Plan:
-    """Folds for n pairs under a protocol, see `fit_layers`. Raises ProbeError if the groups cannot fill them."""
+    """Folds for n pairs, see `fit_layers`; ProbeError if the groups cannot fill them."""
     groups, grouped = np.asarray(groups), protocol == "grouped"
     names, group = np.unique(groups, return_inverse=True)
     count, unit = (len(names), "groups") if grouped else (n, "pairs")

@@ -7,18 +7,13 @@ from alignlens.probes.solver import BLOCK, Probes
 
 
 def metrics(probes: Probes, x, weights: np.ndarray, *names: str) -> np.ndarray:
-    """Metrics [labellings * names, replicates] of the held-out scores on x under pair weights [replicates, pairs].
-
-    names : of METRICS. Under the grouped protocol a weight counts both where its pair is scored and, to first order
-    (infinitesimal jackknife), where it trains.
-    """
+    """METRICS [labellings * names, replicates] of the held-out scores on x under pair weights [replicates, pairs]."""
     sides = [side.T for side in probes.scores(x)]
     asked = [(METRICS[name], *scores) for scores in zip(*sides, strict=True) for name in names]
     blocks = np.array_split(weights, -(-weights.size // BLOCK))
     values = np.array([np.concatenate([metric(*scores, w) for w in blocks]) for metric, *scores in asked])
-    if probes.plan.grouped and len(weights) > 1:
+    if probes.plan.grouped and len(weights) > 1:  # to first order, a weight also counts where its pair trains
         slopes = np.stack([slope[name] for slope in map(_slopes, sides[0]) for name in names], axis=1)
-        # A first-order shift may leave the range of the metric; the metric cannot.
         values = np.clip(values + ((weights - 1) @ probes.influence(x, slopes)).T, 0, 1)
     return values
 
@@ -58,18 +53,13 @@ def _weight_below(scores, weights, thresholds) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _slopes(score: np.ndarray) -> dict[str, np.ndarray]:
-    """Derivative [pairs] of each metric of the mirrored rows {s: 1, -s: 0} to the score s of each pair.
-
-    A rank metric of a sample is a step function; its slope is that of the population, with a smoothed density.
-    """
+    """Derivative [pairs] of each metric to the score s of each pair; of a rank metric, with a smoothed density."""
     n, ordered = len(score), np.sort(score)
     at_zero, at_mirror = _density(score, np.zeros(1)), _density(score, -score)
-
-    def precision_slope(threshold):  # P / (P + F)^2, with P and F the shares of x and of -x scored at least this high
-        true = 1 - np.searchsorted(ordered, threshold, "left") / n
-        return true / np.maximum(true + np.searchsorted(ordered, -threshold, "right") / n, 1 / n) ** 2
-
-    precision = precision_slope(score) + precision_slope(-score)
+    # P / (P + F)^2 at the thresholds x and -x, with P and F the shares of x and of -x scored at least this high.
+    threshold = np.stack([score, -score])
+    true = 1 - np.searchsorted(ordered, threshold, "left") / n
+    precision = (true / np.maximum(true + np.searchsorted(ordered, -threshold, "right") / n, 1 / n) ** 2).sum(0)
     return {"accuracy": np.repeat(at_zero, n) / n, "auroc": 2 * at_mirror / n, "auprc": at_mirror * precision / n}
 
 

@@ -10,8 +10,7 @@ from scipy.special import expit
 
 from alignlens.probes.inputs import Plan
 
-# Grid of the grouped protocol: p in mean log-loss + p/2 |w|^2, w in standardised units; strongest first.
-PENALTIES = (10.0, 1.0, 0.1, 0.01, 1e-3, 1e-4)
+PENALTIES = (10.0, 1.0, 0.1, 0.01, 1e-3, 1e-4)  # grouped: p in mean log-loss + p/2 |w|^2, w in standardised units
 TOLERANCE = 1e-4  # solved when the gradient is this share of its norm at w = 0
 MAX_ITERATIONS = 1000
 BLOCK = 1 << 22  # array elements worked on at once (32 MB of float64): bounds memory for any number of columns
@@ -25,8 +24,7 @@ class Problem:
         self.spread = _safe(np.sqrt((x**2).mean(0)))
         self.z = x @ sparse.diags_array(1 / self.spread) if sparse.issparse(x) else x / self.spread
         rank = min(self.n, d, 256)  # directions that the preconditioner treats exactly
-        # Leading eigenvectors and eigenvalues of z'z/n by subspace iteration, and the mean of the other eigenvalues.
-        basis = np.random.default_rng(0).standard_normal((d, rank))
+        basis = np.random.default_rng(0).standard_normal((d, rank))  # subspace iteration on z'z/n
         for _ in range(2):
             basis = np.linalg.qr(self.z.T @ (self.z @ basis))[0]
         image = self.z @ basis
@@ -42,17 +40,13 @@ class Problem:
     def solve(self, scale, weights, penalty, signs) -> tuple[np.ndarray, np.ndarray]:
         """Minimise sum_i weight_i log(1 + exp(-margin_i)) + penalty/2 |w|^2, one independent problem a column.
 
-        scale [d, columns]: z / scale are the standardised features, the units of w and of its penalty.
-        weights: [n, columns], or [2n, columns] (rows x, then rows -x) for an intercept; each column sums to 1.
-        signs [n, columns]: -1 swaps chosen and rejected of that pair.
-
-        Nonlinear conjugate gradient (Polak-Ribiere). Its preconditioner is the Hessian at w = 0, exact along the
-        leading principal directions; a step is one Newton step along the line, shortened when it overshoots.
-        Columns leave when they are solved. Returns w [d, columns] and the intercepts [columns].
+        scale [d, columns]: w is in units of z / scale. weights [n, columns], or [2n, columns] (rows x, then -x) for an
+        intercept: columns sum to 1. signs [n, columns]: -1 swaps chosen and rejected. Polak-Ribiere conjugate gradient,
+        preconditioned with the Hessian at w = 0, Newton steps along the line. Returns w [d, columns], intercepts
+        [columns].
         """
         d, columns = scale.shape
-        # The intercept is one more row of w, unpenalised.
-        ridge = np.zeros((d + (len(weights) > self.n), columns))
+        ridge = np.zeros((d + (len(weights) > self.n), columns))  # the intercept is one more row, unpenalised
         ridge[:d] = penalty
         w, margin, result = np.zeros_like(ridge), np.zeros_like(weights), np.zeros_like(ridge)
         residual = -0.5 * weights
@@ -61,25 +55,22 @@ class Problem:
         # A gradient that is only rounding error (no difference at this layer) must leave w at exactly zero.
         size, active = (gradient**2).sum(0), np.arange(columns)
         step, goal = np.where(size > 1e-24, -descent, 0), np.maximum(TOLERANCE**2 * size, 1e-24)
-
         for _ in range(MAX_ITERATIONS):
             along = signs * (self.z @ (step[:d] / scale))
             if len(weights) > self.n:
                 along = np.vstack([along + step[d], along - step[d]])
             slope, stiffness, pull = (gradient * step).sum(0), (ridge * step**2).sum(0), (ridge * w * step).sum(0)
-            # residual = -weight * chance, so this is weight * chance * (1 - chance), the curvature of each row.
-            length = -slope / _safe(-(residual * (1 - expit(-margin)) * along**2).sum(0) + stiffness)
+            curvature = -(residual * (1 - expit(-margin)) * along**2).sum(0)  # weight * chance * (1 - chance) a row
+            length = -slope / _safe(curvature + stiffness)
             for _ in range(30):
                 residual = -weights * expit(-(margin + length * along))
                 ahead = (residual * along).sum(0) + pull + length * stiffness
                 beyond = ahead > -0.5 * slope
                 if not beyond.any():
                     break
-                # The slope rises from `slope` < 0 at zero to `ahead` > 0 here: go back to where the secant crosses.
-                length = np.where(beyond, length * slope / (slope - ahead), length)
+                length = np.where(beyond, length * slope / (slope - ahead), length)  # back to where the secant crosses
             w += length * step
             margin += length * along
-
             last_gradient, last_descent = gradient, descent
             gradient = self._backward(residual, scale, signs) + ridge * w
             keep = (gradient**2).sum(0) > goal
@@ -115,17 +106,15 @@ class Problem:
             residual -= length * image
         return u
 
-    def _backward(self, rows, scale, signs):
-        """Gradient [d or d + 1, columns] from the derivative of the loss to each row's margin."""
+    def _backward(self, rows, scale, signs):  # gradient [d or d + 1, columns] from the slope of the loss in each margin
         first, mirror = rows[: self.n], rows[self.n :]
         if not len(mirror):
             return self.z.T @ (signs * first) / scale
         return np.vstack([self.z.T @ (signs * (first + mirror)) / scale, (first - mirror).sum(0)])
 
     def _precondition(self, gradient, penalty):
-        """Apply the inverse of 0.25 z'z/n + penalty, exact along the basis and one average value beside it."""
-        d = len(self.basis)
-        beside = 1 / (0.25 * self.rest + penalty)
+        """Apply the inverse of 0.25 z'z/n + penalty, exact along the basis, one average value beside it."""
+        d, beside = len(self.basis), 1 / (0.25 * self.rest + penalty)
         leading = 1 / (0.25 * self.values[:, None] + penalty) - beside
         out = beside * gradient[:d] + self.basis @ (leading * (self.basis.T @ gradient[:d]))
         return np.vstack([out, 4 * gradient[d:]])
@@ -145,8 +134,7 @@ class Probes(NamedTuple):
 
     @property
     def directions(self) -> np.ndarray:
-        """Weights [d, columns] in the units of the differences."""
-        return self.w / (self.problem.spread[:, None] * self.scale)
+        return self.w / (self.problem.spread[:, None] * self.scale)  # [d, columns], in the units of the differences
 
     def scores(self, x) -> tuple[np.ndarray, np.ndarray]:
         """Held-out scores [pairs, labellings] of the rows x and -x, each by the probe that did not train on it."""
@@ -155,18 +143,14 @@ class Probes(NamedTuple):
         return margin[pairs, fold] + self.intercept[fold], self.intercept[mirror_fold] - margin[pairs, mirror_fold]
 
     def influence(self, x, slope: np.ndarray) -> np.ndarray:
-        """Derivative of a metric to each pair's weight in training [pairs, metrics]; grouped protocol only.
-
-        slope [pairs, metrics]: derivative of the metric to each held-out score on x; the metrics of the first
-        labelling come first. A pair's weight moves w by inverse Hessian times its gradient, and w moves the scores of
-        the fold held out; read from the metric backwards this is one linear solve per fold and metric.
-        """
+        """Derivative [pairs, metrics] of metrics to each pair's weight in training, from their slope in held-out scores."""
         folds, metrics = self.plan.folds, slope.shape[1]
         column = np.repeat(np.arange(self.w.shape[1]), metrics // self.intercept.shape[1])
         scale, weights, penalty, signs = (a[..., column] for a in (self.scale, self.weights, self.penalty, self.signs))
         held = np.repeat(np.equal.outer(self.plan.fold, np.arange(folds)), metrics, axis=1)
         target = x.T @ (held * signs * np.tile(slope, (1, folds))) / (self.problem.spread[:, None] * scale)
         chance = expit(-signs * (self.problem.z @ (self.w / self.scale))[:, column])
+        # Backwards: a weight moves w by inverse Hessian times its gradient, and w moves the scores.
         adjoint = self.problem.solve_hessian(target, scale, weights * chance * (1 - chance), penalty)
         effect = weights * chance * signs * (self.problem.z @ (adjoint / scale))
         effect -= weights * effect.sum(0)  # the loss is a mean: more weight here is less everywhere else
@@ -179,11 +163,7 @@ def fit(x, plan: Plan) -> Probes:
 
 
 def fit_labellings(x, plan: Plan, signs: np.ndarray):
-    """Yield `Probes` of the labellings, signs [pairs, labellings], a bounded number of labellings at a time.
-
-    All keep the penalty of their fold: chosen on the real labels within its training pairs (grouped), or C = 1 on its
-    rows (published).
-    """
+    """Yield `Probes` of signs [pairs, labellings], some at a time, under the penalty chosen on the real labels."""
     problem, folds = Problem(x), np.arange(plan.folds)
     rows = plan.fold if plan.grouped else np.concatenate([plan.fold, plan.mirror_fold])
     keep = rows[:, None] != folds
@@ -192,8 +172,7 @@ def fit_labellings(x, plan: Plan, signs: np.ndarray):
         scale, penalty = problem.spreads(weights), _choose_penalty(problem, plan)
     else:
         plus, minus = weights.reshape(2, plan.n, -1)
-        # Centring is absorbed by the intercept, so only the standard deviation of the mirrored rows matters.
-        scale = problem.spreads(plus + minus, problem.z.T @ (plus - minus))
+        scale = problem.spreads(plus + minus, problem.z.T @ (plus - minus))  # the intercept absorbs centring
         penalty = 1 / keep.sum(0)  # C = 1
         weights = 0.5 * np.vstack([plus / plus.sum(0), minus / minus.sum(0)])  # classes balanced
     per_block = max(1, BLOCK // (max(problem.z.shape) * plan.folds))
@@ -206,10 +185,7 @@ def fit_labellings(x, plan: Plan, signs: np.ndarray):
 
 
 def _choose_penalty(problem: Problem, plan: Plan) -> np.ndarray:
-    """Penalty of each fold [folds] by log-loss on the other folds, each held out once from the rest.
-
-    The probe that leaves out folds a and b serves twice: scored on b it tunes fold a, scored on a it tunes fold b.
-    """
+    """Penalty [folds] by log-loss: the probe without folds a and b, scored on b, tunes a, and scored on a, tunes b."""
     left_out, grid = np.array(list(combinations(range(plan.folds), 2))), np.array(PENALTIES)
     keep = (plan.fold[:, None, None] != left_out).all(-1)
     fits = np.repeat(np.arange(len(left_out)), len(grid))
@@ -219,12 +195,10 @@ def _choose_penalty(problem: Problem, plan: Plan) -> np.ndarray:
     row_loss = np.logaddexp(0, -(problem.z @ (w / scale)))
     fold_loss = ((np.arange(plan.folds)[:, None] == plan.fold) @ row_loss).reshape(plan.folds, -1, len(grid))
     loss = np.zeros((plan.folds, len(grid)))
-    for k, (a, b) in enumerate(left_out):
-        loss[a] += fold_loss[b, k]
-        loss[b] += fold_loss[a, k]
+    for k, two in enumerate(left_out):
+        loss[two] += fold_loss[two[::-1], k]
     return grid[loss.argmin(1)]
 
 
 def _safe(scale: np.ndarray) -> np.ndarray:
-    """A divisor: zeros, which only meet numerators that are zero too, become one."""
-    return np.where(scale > 0, scale, 1)
+    return np.where(scale > 0, scale, 1)  # a divisor: zeros meet zero numerators
