@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignlens import align, models, preferences
 from alignlens.preferences import Formatter, tinyworld
@@ -28,7 +29,7 @@ class Micro:
 
     @property
     def format(self) -> Formatter:
-        return Formatter(models.AutoTokenizer.from_pretrained(self.folder), max_length=96)
+        return Formatter(AutoTokenizer.from_pretrained(self.folder), max_length=96)
 
     def recipe(self, method: str, **changes) -> align.Recipe:
         settings = {
@@ -55,7 +56,7 @@ def _micro(folder, architecture, world, steps) -> Micro:
     text = tinyworld.corpus(16 * steps, exclude=world[1].prompt)
     models.pretrain(
         folder, architecture, list(zip(text.prompt, text.response, strict=True)), layers=2, d_model=32,
-        vocab_size=600, steps=steps, batch_size=16, learning_rate=1e-2, seed=0, context=96,
+        vocab_size=600, steps=steps, batch_size=16, learning_rate=1e-2, seed=0,
     )  # fmt: skip
     return Micro(folder, *world)
 
@@ -76,13 +77,13 @@ def no_bos(tmp_path_factory, world) -> Micro:
 def two_ends(micro, tmp_path_factory) -> Micro:
     """The micro Llama where turns end with another token than texts do, and without a padding token, as Llama 3 has."""
     folder = tmp_path_factory.mktemp("llama3")
-    tokenizer = models.AutoTokenizer.from_pretrained(micro.folder)
+    tokenizer = AutoTokenizer.from_pretrained(micro.folder)
     tokenizer.add_special_tokens({"eos_token": "<|stop|>"})
     tokenizer.pad_token = None
     tokenizer.chat_template = tokenizer.chat_template.replace("<|user|>", "<|user|>\n\n")
     tokenizer.save_pretrained(folder)
     with models.quietly():
-        model = models.AutoModelForCausalLM.from_pretrained(micro.folder)
+        model = AutoModelForCausalLM.from_pretrained(micro.folder)
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
         model.save_pretrained(folder)

@@ -18,6 +18,7 @@ from alignlens import align, models
 from alignlens.align import Recipe
 from alignlens.core import settings as presets
 from alignlens.core.errors import AlignError
+from alignlens.preferences import collate
 
 METHODS = (*align.METHODS, *align.CONTROLS)
 OFFLINE = [m for m in METHODS if m not in align.ONLINE]
@@ -247,7 +248,7 @@ def test_a_reward_function_gets_the_text_of_padded_rows(micro):
     f = micro.format
     judge = align._TextReward(utility, f, list(micro.train.prompt))
     rows = [sum(f.encode(p, r), []) for p, r in zip(table.prompt, table.chosen, strict=True)]
-    ids, mask = models.collate(rows, f.pad_id, side="left")
+    ids, mask = collate(rows, f.pad_id, side="left")
     values = judge.score(judge.backbone(input_ids=ids, attention_mask=mask).hidden_states[-1])
     want = torch.tensor(utility(table.prompt, table.chosen), dtype=torch.float32)
     assert values.shape == (6, ids.shape[1], 1)
@@ -259,7 +260,7 @@ def test_a_prompt_that_begins_another_does_not_take_its_rows(micro):
     short, long = "Which is it?", "Which is it? Tell me."
     judge = align._TextReward(lambda prompts, answers: [len(p) for p in prompts], f, [short, long])
     rows = [sum(f.encode(p, "Yes."), []) for p in (short, long)]
-    ids, mask = models.collate(rows, f.pad_id, side="left")
+    ids, mask = collate(rows, f.pad_id, side="left")
     assert judge.backbone(ids, mask).hidden_states[0][:, 0, 0].tolist() == [len(short), len(long)]
 
 
@@ -288,8 +289,8 @@ def test_ppos_reward_is_read_at_the_end_of_the_response(micro, reward):
     f, table = micro.format, micro.train.head(6)
     model = models.load_reward(micro.folder, reward)
     parts = [f.encode(p, r) for p, r in zip(table.prompt, table.chosen, strict=True)]
-    left, _ = models.collate([p for p, _ in parts], f.pad_id, side="left")
-    right, _ = models.collate([r for _, r in parts], f.pad_id)
+    left, _ = collate([p for p, _ in parts], f.pad_id, side="left")
+    right, _ = collate([r for _, r in parts], f.pad_id)
     with torch.no_grad():
         _, scores, _ = get_reward(model, torch.cat([left, right], 1), f.pad_id, left.shape[1])
     want = models.rewards(model, *map(list, zip(*parts, strict=True)), pad_id=f.pad_id)

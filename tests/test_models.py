@@ -9,10 +9,18 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers.normalizers import Lowercase
-from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaForCausalLM,
+)
 
 from alignlens import models
 from alignlens.core.errors import ModelError
+from alignlens.models.tiny import ARCHITECTURES
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +63,11 @@ def copy(micro, tmp_path):
     return shutil.copytree(micro.folder, tmp_path / "model")
 
 
+def beside(base, folder):
+    """A base with the adapter of a folder beside its weights, so that it can be switched off."""
+    return PeftModel.from_pretrained(models.load(base)[0], folder).eval()
+
+
 def logprobs(model, ids):
     with torch.no_grad():
         return model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
@@ -87,7 +100,7 @@ def test_kl_of_a_model_with_itself_is_zero(loaded, micro, rows):
 
 @pytest.mark.parametrize("size", [1, 5, 64])
 def test_kl_equals_a_sum_over_the_whole_vocabulary(loaded, micro, rows, adapter, size):
-    model, _ = models.load(micro.folder, adapter, merge=False)
+    model = beside(micro.folder, adapter)
     want = []
     for prompt, response in zip(*rows, strict=True):
         p, q = logprobs(model, prompt + response), logprobs(loaded, prompt + response)
@@ -147,10 +160,12 @@ def test_the_same_seed_draws_the_same_and_leaves_the_callers_randomness(loaded, 
 
 
 def test_left_padding_does_not_change_a_sample(loaded, micro, rows):
-    together = draw(loaded, micro, rows[0], temperature=1e-4)
-    alone = [draw(loaded, micro, [prompt], temperature=1e-4)[0] for prompt in rows[0]]
-    assert together == alone
-    assert together == draw(loaded, micro, rows[0], temperature=1e-4, batch_size=5)
+    sharp = loaded.lm_head.register_forward_hook(lambda head, states, logits: logits * 1e4)
+    together = draw(loaded, micro, rows[0])
+    alone = [draw(loaded, micro, [prompt])[0] for prompt in rows[0]]
+    batches = draw(loaded, micro, rows[0], batch_size=5)
+    sharp.remove()
+    assert together == alone == batches
 
 
 def test_samples_follow_the_models_distribution(loaded, micro, rows):
@@ -192,13 +207,13 @@ def test_an_empty_folder(tmp_path):
 
 
 def test_an_adapter_given_as_the_model(adapter):
-    refused("It is an adapter: give its base as the model", source=adapter)
+    refused("give an adapter beside its base", source=adapter)
 
 
 def test_pickled_weights_only(copy):
     torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
     (copy / "model.safetensors").unlink()
-    refused("holds only pickled weights; convert them to safetensors", source=copy)
+    refused("needs config.json, safetensors weights", "Convert pickled weights", source=copy)
 
 
 def rewrite(folder, change, name="model.safetensors"):
@@ -231,7 +246,7 @@ def test_a_tokenizer_larger_than_the_embeddings(copy):
     tokenizer = AutoTokenizer.from_pretrained(copy)
     tokenizer.add_tokens(["<extra>"])
     tokenizer.save_pretrained(copy)
-    refused("tokenizer knows token 600", "embeddings for 600 only", "trained with", source=copy)
+    refused("tokenizer knows token 600", "embeddings for 600 only", "use its own", source=copy)
 
 
 def test_a_tokenizer_that_changes_texts(loaded):
@@ -267,7 +282,7 @@ def test_an_adapter_that_is_missing_or_pickled(micro, adapter, tmp_path):
     pickled = shutil.copytree(adapter, tmp_path / "pickled")
     torch.save(load_file(pickled / "adapter_model.safetensors"), pickled / "adapter_model.bin")
     (pickled / "adapter_model.safetensors").unlink()
-    refused("adapter_model.safetensors; convert pickled weights", source=micro.folder, adapter=pickled)
+    refused("adapter_model.safetensors (convert pickled weights first)", source=micro.folder, adapter=pickled)
 
 
 def test_a_reward_model_without_a_trained_head(micro, adapter):
@@ -282,8 +297,7 @@ def test_a_reward_adapter_is_no_policy(micro, reward):
 
 def test_a_merged_adapter_gives_the_same_logits(micro, adapter, rows, loaded):
     merged, _ = models.load(micro.folder, adapter)
-    apart, _ = models.load(micro.folder, adapter, merge=False)
-    assert isinstance(apart, PeftModel)
+    apart = beside(micro.folder, adapter)
     assert not isinstance(merged, PeftModel)
     ids = torch.tensor([rows[0][0] + rows[1][0]])
     with torch.no_grad():
@@ -301,8 +315,7 @@ def test_a_half_precision_adapter_that_names_no_base_comes_back(micro, tmp_path,
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] is None
     assert config["target_modules"] == ["q_proj", "v_proj"]
-    again, _ = models.load(micro.folder, tmp_path, merge=False)
-    found = {n: p for n, p in again.named_parameters() if "lora_" in n}
+    found = {n: p for n, p in beside(micro.folder, tmp_path).named_parameters() if "lora_" in n}
     assert found.keys() == want.keys()
     for name, weight in found.items():
         assert weight.dtype == torch.float32
@@ -329,10 +342,72 @@ def test_a_model_is_described_without_its_weights(copy):
     refused("no such folder", source=str(copy) + "x/", load=models.describe)
 
 
+# --- hub models -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "revision"),
+    [
+        ("org/model", "org/model", {}),
+        ("org/model@v1.0", "org/model", {"revision": "v1.0"}),
+        ("gpt2@refs/pr/3", "gpt2", {"revision": "refs/pr/3"}),
+        ("./model@v1", "./model@v1", {}),
+        ("/data/model@v1", "/data/model@v1", {}),
+    ],
+)
+def test_a_hub_id_may_name_its_revision(source, name, revision):
+    assert models.pinned(source) == (name, revision)
+
+
+def test_an_at_sign_in_a_folders_name_is_no_revision(micro, tmp_path, monkeypatch):
+    shutil.copytree(micro.folder, tmp_path / "base@2")
+    monkeypatch.chdir(tmp_path)
+    assert models.pinned("base@2") == ("base@2", {})
+    assert models.describe("base@2")["layers"] == 2
+
+
+@pytest.fixture
+def hub(micro, adapter, monkeypatch):
+    """Calls of from_pretrained for org/model and org/adapter, answered with local folders: (id, revision, trust)."""
+    seen, local = [], {"org/model": micro.folder, "org/adapter": adapter}
+
+    def answer(kind):
+        real = kind.from_pretrained
+
+        def from_pretrained(*given, **options):
+            *first, name = given
+            if name in local:
+                seen.append((name, options.pop("revision", None), options.get("trust_remote_code")))
+            return real(*first, local.get(name, name), **options)
+
+        monkeypatch.setattr(kind, "from_pretrained", from_pretrained)
+
+    for kind in (AutoConfig, AutoTokenizer, AutoModelForCausalLM, AutoModelForSequenceClassification, PeftModel):
+        answer(kind)
+    return seen
+
+
+@pytest.mark.parametrize("trust", [True, False])
+def test_revision_and_trust_reach_every_loader(hub, reward, trust):
+    for load in (models.load, models.describe, models.load_tokenizer, models.score_model):
+        load("org/model@v1", trust_remote_code=trust)
+    models.load_reward("org/model@v1", reward, trust_remote_code=trust)
+    assert hub == [("org/model", "v1", trust)] * 6
+
+
+def test_an_adapter_may_be_pinned_too(hub):
+    models.load("org/model", "org/adapter@v2")
+    assert hub == [("org/model", None, False)] * 2 + [("org/adapter", "v2", None)]
+
+
+def test_a_pinned_hub_id_out_of_reach():
+    refused("cannot be loaded", "with the hub in reach", source="some/model@refs/pr/1")
+
+
 # --- tiny bases -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", sorted(models.ARCHITECTURES))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_tiny_bases_train_and_repeat(architecture, tmp_path):
     text = [(f"What is {i}?", f"It is {i}.") for i in range(40)]
     size = {"layers": 1, "d_model": 32, "vocab_size": 300, "steps": 8, "batch_size": 8, "learning_rate": 1e-2}
@@ -347,9 +422,10 @@ def test_tiny_bases_train_and_repeat(architecture, tmp_path):
     assert (tokenizer.bos_token_id is not None) == (architecture == "llama")
 
 
-def test_an_unknown_architecture_has_no_tiny_base(micro):
-    with pytest.raises(ModelError, match="'gpt2' has no tiny base; choose one of"):
-        models.tiny_config("gpt2", micro.format.tokenizer, layers=1, d_model=16, context=8)
+def test_an_unknown_architecture_has_no_tiny_base(tmp_path):
+    size = {"layers": 1, "d_model": 16, "vocab_size": 300, "steps": 1, "batch_size": 2, "learning_rate": 0.1}
+    with pytest.raises(ModelError, match="'gpt2' has no tiny base; choose one of llama"):
+        models.pretrain(tmp_path, "gpt2", [("a", "b")], seed=0, **size)
 
 
 @pytest.mark.parametrize("bos", [True, False])
@@ -374,3 +450,18 @@ def test_weights_part_of_the_way_lie_on_the_line_between_base_and_variant(micro)
 def test_weights_of_other_shapes_have_no_way_between_them(micro, no_bos):
     with pytest.raises(ModelError, match="not of one architecture"):
         models.interpolate(models.load(micro.folder)[0], models.load(no_bos.folder)[0], 0.5)
+
+
+def test_a_random_adapter_is_as_large_as_its_pattern(adapter, tmp_path):
+    models.random_adapter(adapter, tmp_path, seed=1)
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, tmp_path))
+    assert before.keys() == after.keys()
+    for name in [n for n in before if "lora_A" in n]:
+        was, now = (w[name.replace("lora_A", "lora_B")] @ w[name] for w in (before, after))
+        torch.testing.assert_close(now.norm(), was.norm())
+        assert torch.nn.functional.cosine_similarity(was.flatten(), now.flatten(), 0).abs() < 0.5
+
+
+def test_batches_are_of_similar_length_the_longest_first():
+    found = models.batches([3, 9, 1, 9, 5], 2)
+    assert [rows.tolist() for rows in found] == [[1, 3], [4, 0], [2]]
