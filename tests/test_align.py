@@ -15,12 +15,14 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig
 from transformers.generation import GenerationMixin
 
 from alignlens import align, models
-from alignlens.align import Recipe
-from alignlens.core import settings as presets
+from alignlens.align import Recipe, trainers
+from alignlens.align.trainers import Run
+from alignlens.align.training import _formatter
+from alignlens.core import settings
 from alignlens.core.errors import AlignError
 from alignlens.preferences import collate
 
-METHODS = (*align.METHODS, *align.CONTROLS)
+METHODS = (*settings.METHODS, *settings.CONTROLS)
 OFFLINE = [m for m in METHODS if m not in align.ONLINE]
 CURVES = {
     "step", "loss", "reward", "margin", "kl", "kl_se", "length", "chosen_logprob", "rejected_logprob",
@@ -54,12 +56,12 @@ class Caught(Exception):
 @pytest.fixture
 def first_batch(monkeypatch, tmp_path):
     """first_batch(micro, method): the trainer as built by ``train`` and the first batch that it collates."""
-    build = align._trainer
+    build = Run.trainer
 
     def catch(micro, method, **changes):
         seen = []
         with monkeypatch.context() as patch, pytest.raises(Caught):
-            patch.setattr(align, "_trainer", lambda *words: seen.append(build(*words)) or _raise())
+            patch.setattr(Run, "trainer", lambda *words, **named: seen.append(build(*words, **named)) or _raise())
             align.train(
                 tmp_path, micro.folder, micro.train, micro.heldout, micro.recipe(method, **changes),
                 reward=utility if method in align.ONLINE else None,
@@ -243,13 +245,17 @@ def test_pairs_longer_than_max_length_are_left_out_and_counted_never_cut(micro, 
 # --- rewards of sampled text ----------------------------------------------------------------------------------------
 
 
+def known(format, prompts):
+    return {prompt: format.prompt_ids(prompt) for prompt in prompts}
+
+
 def test_a_reward_function_gets_the_text_of_padded_rows(micro):
     table = micro.train.head(6)
     f = micro.format
-    judge = align._TextReward(utility, f, list(micro.train.prompt))
+    judge = trainers._TextReward(utility, f, known(f, micro.train.prompt))
     rows = [sum(f.encode(p, r), []) for p, r in zip(table.prompt, table.chosen, strict=True)]
     ids, mask = collate(rows, f.pad_id, side="left")
-    values = judge.score(judge.backbone(input_ids=ids, attention_mask=mask).hidden_states[-1])
+    values = judge.score(judge(input_ids=ids, attention_mask=mask).hidden_states[-1])
     want = torch.tensor(utility(table.prompt, table.chosen), dtype=torch.float32)
     assert values.shape == (6, ids.shape[1], 1)
     torch.testing.assert_close(values[:, -1, 0], want)
@@ -258,16 +264,16 @@ def test_a_reward_function_gets_the_text_of_padded_rows(micro):
 def test_a_prompt_that_begins_another_does_not_take_its_rows(micro):
     f = micro.format
     short, long = "Which is it?", "Which is it? Tell me."
-    judge = align._TextReward(lambda prompts, answers: [len(p) for p in prompts], f, [short, long])
+    judge = trainers._TextReward(lambda prompts, answers: [len(p) for p in prompts], f, known(f, [short, long]))
     rows = [sum(f.encode(p, "Yes."), []) for p in (short, long)]
     ids, mask = collate(rows, f.pad_id, side="left")
-    assert judge.backbone(ids, mask).hidden_states[0][:, 0, 0].tolist() == [len(short), len(long)]
+    assert judge(ids, mask).hidden_states[0][:, 0, 0].tolist() == [len(short), len(long)]
 
 
 def test_rows_with_changed_prompts_are_refused(micro):
-    judge = align._TextReward(utility, micro.format, list(micro.train.prompt[:2]))
+    judge = trainers._TextReward(utility, micro.format, known(micro.format, micro.train.prompt[:2]))
     with pytest.raises(AlignError, match="token ids were changed on the way"):
-        judge.backbone(torch.tensor([[9, 9, 9]]), torch.ones(1, 3))
+        judge(torch.tensor([[9, 9, 9]]), torch.ones(1, 3))
 
 
 @pytest.mark.parametrize("side", ["model", "function"])
@@ -275,7 +281,8 @@ def test_grpo_scores_are_the_rewards_own(micro, reward, side):
     f, table = micro.format, micro.train.head(4)
     ids = [f.response_ids(p, r) for p, r in zip(table.prompt, table.chosen, strict=True)]
     judge = models.load_reward(micro.folder, reward) if side == "model" else utility
-    scores = align._grpo_reward(judge, f)(table.prompt.tolist(), table.chosen.tolist(), completion_ids=ids)
+    made = Run(micro.recipe("grpo"), None, f, f.encode_pairs(table), "", judge)
+    scores = trainers._grpo_reward(made)(table.prompt.tolist(), table.chosen.tolist(), completion_ids=ids)
     if side == "model":
         want = models.rewards(judge, [f.prompt_ids(p) for p in table.prompt], ids, pad_id=f.pad_id)
     else:
@@ -385,11 +392,12 @@ def test_online_methods_raise_their_reward(micro, method, tmp_path):
 def test_ppos_value_model_learns(micro, reward, kind):
     """A reward model is loaded frozen: a value model copied from it would never learn."""
     model, tokenizer = models.load(micro.folder)
-    f = align.prepare_tokenizer(tokenizer, 96)
+    f = _formatter(tokenizer, 96)
     judge = models.load_reward(micro.folder, reward) if kind == "model" else utility
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
-    given, value = align._ppo_models(micro.recipe("ppo"), judge, model, f, list(micro.train.prompt))
+    found = trainers._ppo_models(Run(micro.recipe("ppo"), model, f, f.encode_pairs(micro.train), "", judge))
+    given, value = found["reward_model"], found["value_model"]
     assert torch.equal(torch.random.get_rng_state(), before), "the policy's own adapter draws from here on"
     learning = [n for n, p in value.named_parameters() if p.requires_grad]
     assert [n for n in learning if "lora_" not in n] == ["score.weight"]
@@ -482,19 +490,23 @@ def test_quiet_gives_logging_and_bars_back():
         )  # fmt: skip
 
     before = state()
-    with pytest.raises(ZeroDivisionError), align._quietly():
+    with pytest.raises(ZeroDivisionError), models.quietly():
         assert state() != before
         _ = 1 / 0
     assert state() == before
 
 
-def test_the_progress_callback_may_print(micro, tmp_path, capsys):
-    (tmp_path / "v").mkdir()
-    align.train(
-        tmp_path / "v", micro.folder, micro.train, micro.heldout, micro.recipe("ppo", steps=1), reward=utility,
-        progress=lambda step, steps, kl: print(f"{step}/{steps}"),
-    )  # fmt: skip
-    assert capsys.readouterr().out == "0/1\n1/1\n"
+@pytest.mark.parametrize("trust", [True, False])
+def test_trust_reaches_every_model_that_training_loads(micro, monkeypatch, tmp_path, trust):
+    seen, loads = [], {name: getattr(models, name) for name in ("load", "load_tokenizer", "score_model")}
+    for name, load in loads.items():
+        monkeypatch.setattr(models, name, lambda *words, _name=name, _load=load, **named: seen.append(
+            (_name, named["trust_remote_code"])) or _load(*words, **named))  # fmt: skip
+    recipe = micro.recipe("sft", steps=1)
+    align.train(tmp_path, micro.folder, micro.train, micro.heldout, recipe, trust_remote_code=trust)
+    recipe = micro.recipe("reward", steps=1)
+    align.train_reward(tmp_path, micro.folder, micro.train, recipe, trust_remote_code=trust)
+    assert seen == [(name, trust) for name in loads]
 
 
 # --- recipes and refusals -------------------------------------------------------------------------------------------
@@ -503,7 +515,7 @@ def test_the_progress_callback_may_print(micro, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"method": "rlhf"}, "'rlhf' is unknown; choose from ppo"),
+        ({"method": "rlhf"}, "method 'rlhf': it is unknown; choose from ppo"),
         ({"stop": "never"}, "choose 'dose' or 'last'"),
         ({"steps": 0}, "must be positive"),
         ({"learning_rate": 0.0}, "must be positive"),
@@ -512,7 +524,7 @@ def test_the_progress_callback_may_print(micro, tmp_path, capsys):
         ({"response_tokens": 0}, "must be positive"),
         ({"micro_batch_size": 5}, "16 must be a multiple of micro_batch_size 5"),
         ({"micro_batch_size": 32}, "must be a multiple of"),
-        ({"method": "kto", "micro_batch_size": 1}, "at least 2"),
+        ({"method": "kto", "micro_batch_size": 1}, r"kto's over 1"),
         ({"method": "grpo", "batch_size": 12}, "multiple of num_generations 8"),
     ],
 )
@@ -539,9 +551,9 @@ def test_published_recipes_hold_the_papers_numbers():
 
 
 def test_there_is_no_published_orpo():
-    with pytest.raises(AlignError, match="holds no recipe for orpo; load its checkpoint"):
+    with pytest.raises(AlignError, match="no recipe for orpo is published; load its checkpoint"):
         align.published(Recipe("orpo", learning_rate=1.0, steps=1), 1000)
-    assert set(align.PUBLISHED) == set(presets.METHODS) - {"orpo"}
+    assert set(align.PUBLISHED) == set(settings.METHODS) - {"orpo"}
 
 
 @pytest.mark.parametrize("method", sorted(align.PUBLISHED))
@@ -591,10 +603,10 @@ def test_a_reward_model_learns_and_reports_held_out_accuracy(micro, tmp_path):
 def test_other_architectures_carry_the_adapter_on_their_attention(micro, config, targets):
     from peft import get_peft_model
 
-    lora = align._lora(micro.recipe("dpo"), "CAUSAL_LM", AutoModelForCausalLM.from_config(config))
+    lora = trainers.lora(micro.recipe("dpo"), AutoModelForCausalLM.from_config(config))
     assert isinstance(lora, LoraConfig)
     assert set(lora.target_modules) == targets
-    with align._quietly():
+    with models.quietly():
         model = get_peft_model(AutoModelForCausalLM.from_config(config), lora)
     tuned = [n for n, _ in model.named_parameters() if "lora_A" in n]
     assert len(tuned) == len(targets)
@@ -605,4 +617,4 @@ def test_an_architecture_without_known_projections_is_refused(micro):
     model = torch.nn.Linear(2, 2)
     model.config = SimpleNamespace(model_type="strange")
     with pytest.raises(AlignError, match="strange has none of the attention projections"):
-        align._lora(micro.recipe("dpo"), "CAUSAL_LM", model)
+        trainers.lora(micro.recipe("dpo"), model)

@@ -306,7 +306,7 @@ def test_a_merged_adapter_gives_the_same_logits(micro, adapter, rows, loaded):
 
 
 def test_a_half_precision_adapter_that_names_no_base_comes_back(micro, tmp_path, rows):
-    from alignlens.align import _save_adapter
+    from alignlens.align.training import _save_adapter
 
     tuned = lora(models.load(micro.folder)[0])
     want = {n: p.detach().half().float() for n, p in tuned.named_parameters() if "lora_" in n}

@@ -13,6 +13,7 @@ import pandas as pd
 
 from alignlens import models
 from alignlens.core.errors import PreferenceError
+from alignlens.core.statistics import by_group, interval, resample
 from alignlens.preferences import Formatter
 
 # name -> what it is, short enough for a panel's title; the order is the order of tables and panels
@@ -45,14 +46,8 @@ def measure(
 ) -> pd.DataFrame:  # fmt: skip
     """Score the pairs and sample answers to the first ``sampled`` prompts.
 
-    Parameters
-    ----------
     reference : the base; not needed for a model with an adapter that can be switched off. Without either the model is
-        the base itself, and its KL is 0.
-
-    Returns
-    -------
-    DataFrame, one row a pair that fits ``format.max_length``: row (in ``pairs``), prompt_id, chosen_logprob and
+    the base itself, and its KL is 0. Returns one row a pair that fits ``format.max_length``: row (in ``pairs``), prompt_id, chosen_logprob and
     rejected_logprob (nats), chosen_length and rejected_length (tokens); and for rows with a sample: response, length,
     ended (0 when cut at ``response_tokens``), kl (nats) and the judge's columns.
     """
@@ -93,13 +88,7 @@ def measure(
 def compare(variants: list[pd.DataFrame], base: pd.DataFrame, *, bootstrap: int = 1000, seed: int = 0) -> pd.DataFrame:
     """Behaviour of a variant against its base, with intervals over prompts and seeds.
 
-    Parameters
-    ----------
-    variants : the tables of ``measure``, one a seed, on the same pairs as ``base``.
-
-    Returns
-    -------
-    DataFrame, one row a measure (``MEASURES``, and the tiny world's factors where they were judged): measure, value,
+    variants : the tables of ``measure``, one a seed, on the same pairs as ``base``. Returns one row a measure (``MEASURES``, and the tiny world's factors where they were judged): measure, value,
     low, high. The bootstrap draws prompts, and seeds where there are several.
     """
     for table in variants:
@@ -107,24 +96,17 @@ def compare(variants: list[pd.DataFrame], base: pd.DataFrame, *, bootstrap: int 
             raise PreferenceError("behaviour was measured on other pairs than the base's; measure both on the same")
     per_seed = [_per_pair(table, base) for table in variants]
     names = [n for n in per_seed[0].columns if n != "prompt_id"]
-    groups = per_seed[0].prompt_id.to_numpy()
-    ids, index = np.unique(groups, return_inverse=True)
     # Sums and counts per prompt: a bootstrap draw of prompts is then one matrix product.
-    values = np.stack([t[names].to_numpy(float) for t in per_seed])
-    seen = np.isfinite(values)
-    sums, counts = np.zeros((2, len(per_seed), len(ids), len(names)))
-    for s in range(len(per_seed)):
-        np.add.at(sums[s], index, np.where(seen[s], values[s], 0))
-        np.add.at(counts[s], index, seen[s])
+    by_prompt = [by_group(t[names].to_numpy(float), t.prompt_id.to_numpy()) for t in per_seed]
+    sums, counts = (np.stack(part) for part in zip(*by_prompt, strict=True))
     rng = np.random.default_rng(seed)
-    weights = rng.multinomial(len(ids), np.full(len(ids), 1 / len(ids)), size=bootstrap)
-    seeds = rng.multinomial(len(per_seed), np.full(len(per_seed), 1 / len(per_seed)), size=bootstrap)
+    weights, seeds = resample(sums.shape[1], bootstrap, rng), resample(len(per_seed), bootstrap, rng)
     with np.errstate(invalid="ignore", divide="ignore"):
         means = np.einsum("bp,spm->bsm", weights, sums) / np.einsum("bp,spm->bsm", weights, counts)
         drawn = np.einsum("bs,bsm->bm", seeds / len(per_seed), means)
         value = (sums.sum(1) / counts.sum(1)).mean(0)
     drawn = np.where(np.isfinite(value), drawn, 0)  # a measure that no row has: NaN, without interval
-    low, high = np.where(np.isfinite(value), np.nanpercentile(drawn, [2.5, 97.5], axis=0), np.nan)
+    low, high = np.where(np.isfinite(value), interval(drawn), np.nan)
     table = pd.DataFrame({"measure": names, "value": value, "low": low, "high": high})
     return pd.concat([table, _diversity(variants)], ignore_index=True)
 

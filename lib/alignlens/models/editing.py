@@ -1,6 +1,5 @@
 """Edit weights: go part of the way from a base to its variant, or as far in a random direction."""
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -37,4 +36,4 @@ def random_adapter(adapter: str | Path, folder: str | Path, *, seed: int = 0) ->
         for n, random in ((name, a), (other, b)):
             weights[n] = (random * size.sqrt()).to(weights[n].dtype)
     save_file(weights, folder / "adapter_model.safetensors")
-    shutil.copyfile(adapter / "adapter_config.json", folder / "adapter_config.json")
+    (folder / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())

@@ -1,27 +1,28 @@
 """How this process runs: on which device, on how many threads, and how much Transformers says meanwhile."""
 
 import logging
+import sys
 import warnings
 from contextlib import ExitStack, contextmanager
 
 import torch
 from threadpoolctl import threadpool_limits
-from transformers.utils import logging as notes
 
 
 @contextmanager
-def quietly(*libraries: str):
-    """Keep notes, progress bars and load reports of Transformers (and notes of others) out of notebooks.
+def quietly():
+    """Keep notes, progress bars and load reports of Hugging Face's libraries out of notebooks.
 
     Errors are raised as ever; what a load report would say of missing weights is checked by ``load`` instead.
     """
     with ExitStack() as after, warnings.catch_warnings(action="ignore"):
-        for logger in map(logging.getLogger, ("transformers", *libraries)):
+        for name in ("transformers", "datasets", "trl", "accelerate"):
+            logger, bars = logging.getLogger(name), sys.modules.get(f"{name}.utils.logging")
             after.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)
-        if notes.is_progress_bar_enabled():
-            after.callback(notes.enable_progress_bar)
-            notes.disable_progress_bar()
+            if bars and bars.is_progress_bar_enabled():  # Transformers and Datasets have them
+                after.callback(bars.enable_progress_bar)
+                bars.disable_progress_bar()
         yield
 
 
