@@ -14,7 +14,8 @@ from alignlens import audit, claims
 ROOT = Path(__file__).parents[1]
 PAPERMILL = [sys.executable, "-m", "papermill"]
 FIGURES = """
-pretraining answer_lengths pairs training_curves behaviour displacement factors protocol_matters data_matters layer_metrics_base layer_metrics_grouped
+pretraining answer_lengths pairs training_curves behaviour displacement factors
+protocol_matters data_matters layer_metrics_base layer_metrics_grouped
 layer_metrics_published coefficient_norms best_layer_histograms best_layer_roc best_layer_pca baselines
 transfer_matrix transfer_gaps transfer_losses
 sae_training sae_stability sae_density sae_factors sae_top_latents sae_changes sae_shifts sae_anchors
@@ -24,7 +25,8 @@ planted_geometry geometry_layers decomposition pairs_needed matched_dose
 steering patching steered_samples published_changes published_floors verdicts
 """.split()
 TABLES = """
-bases splits doses sae_quality dose_response ablations objectives noise_floors best_layers selectivity changes sae_names planted_truth_summary
+bases splits doses sae_quality dose_response ablations
+objectives noise_floors best_layers selectivity changes sae_names planted_truth_summary
 crosscoder_quality published_extras figure_index
 geometry decomposition_seeds causal claims published_class_shares
 """.split()

@@ -47,9 +47,9 @@ def measure(
     """Score the pairs and sample answers to the first ``sampled`` prompts.
 
     reference : the base; not needed for a model with an adapter that can be switched off. Without either the model is
-    the base itself, and its KL is 0. Returns one row a pair that fits ``format.max_length``: row (in ``pairs``), prompt_id, chosen_logprob and
-    rejected_logprob (nats), chosen_length and rejected_length (tokens); and for rows with a sample: response, length,
-    ended (0 when cut at ``response_tokens``), kl (nats) and the judge's columns.
+    the base itself, and its KL is 0. Returns one row a pair that fits ``format.max_length``: row (in ``pairs``),
+    prompt_id, chosen_logprob and rejected_logprob (nats), chosen_length and rejected_length (tokens); and for rows with
+    a sample: response, length, ended (0 when cut at ``response_tokens``), kl (nats) and the judge's columns.
     """
     encoded = format.encode_pairs(pairs)
     kept = np.flatnonzero(encoded.kept)
@@ -88,8 +88,9 @@ def measure(
 def compare(variants: list[pd.DataFrame], base: pd.DataFrame, *, bootstrap: int = 1000, seed: int = 0) -> pd.DataFrame:
     """Behaviour of a variant against its base, with intervals over prompts and seeds.
 
-    variants : the tables of ``measure``, one a seed, on the same pairs as ``base``. Returns one row a measure (``MEASURES``, and the tiny world's factors where they were judged): measure, value,
-    low, high. The bootstrap draws prompts, and seeds where there are several.
+    variants : the tables of ``measure``, one a seed, on the same pairs as ``base``. Returns one row a measure
+    (``MEASURES``, and the tiny world's factors where they were judged): measure, value, low, high. The bootstrap draws
+    prompts, and seeds where there are several.
     """
     for table in variants:
         if list(table.row) != list(base.row) or list(table.prompt_id) != list(base.prompt_id):

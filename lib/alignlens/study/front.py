@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
-from transformers import AutoTokenizer
 
 from alignlens import models, preferences
 from alignlens.core import settings, store
@@ -145,7 +144,7 @@ class Study:
 
         def make():
             base = self.source(Variant(family, "base")).model
-            tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=self.preset.trust_remote_code)
+            tokenizer = models.load_tokenizer(base, trust_remote_code=self.preset.trust_remote_code)
             return preferences.Formatter(tokenizer, max_length=self.preset.max_length)
 
         return self._once("format", family, make)

@@ -70,7 +70,8 @@ class Reward(Stage):
 
     def make(self, s, folder, family, seed):
         base = s.source(Variant(family, "base")).model
-        return align.train_reward(folder, base, s.split("reward"), recipe(s, "reward", seed), device=s.device)
+        remote = {"device": s.device, "trust_remote_code": s.preset.trust_remote_code}
+        return align.train_reward(folder, base, s.split("reward"), recipe(s, "reward", seed), **remote)
 
 
 class Trained(Stage):
@@ -104,7 +105,7 @@ class Trained(Stage):
             reward = _true_utility
             if s.preset.reward == "model":
                 adapter = s.reward_model(variant.family, variant.seed).path
-                reward = models.load_reward(base, adapter, device=s.device)
+                reward = _load_reward(s, base, adapter)
         return align.train(
             folder, base, s.split("train"), s.split("reward"), recipe(s, variant.method, variant.seed), reward=reward,
             device=s.device, trust_remote_code=s.preset.trust_remote_code,
@@ -167,9 +168,13 @@ def judge(s, family: str) -> behavior.Judge | None:
     return behavior.Judge("true utility", score)
 
 
+def _load_reward(s, base: str, adapter):
+    return models.load_reward(base, adapter, device=s.device, trust_remote_code=s.preset.trust_remote_code)
+
+
 def _learned_reward(s, family: str):
     base, format = s.source(Variant(family, "base")).model, s.format(family)
-    reward = models.load_reward(base, s.reward_model(family, 0).path, device=s.device)
+    reward = _load_reward(s, base, s.reward_model(family, 0).path)
 
     def rewards(prompts, responses):
         ids = [format.encode(p, r or " ") for p, r in zip(prompts, responses, strict=True)]
