@@ -90,9 +90,7 @@ def compare_layers(base, aligned, groups, *, seed=0) -> DataFrame:
             numbers |= {f"{name}_low": low, f"{name}_high": high}
         numbers |= {f"rotation_degrees_{s}": np.sqrt(numbers.pop(f"square_degrees_{s}")) for s in ("low", "high")}
         numbers["mean_cosine_floor"] = np.mean([cosine(d[first].mean(0), d[~first].mean(0)) for first in splits])
-        probes = [
-            solver.fit(z[keep], plan).directions.mean(1) for z, (keep, plan) in zip((d, e, d, d), kept, strict=True)
-        ]
+        probes = [solver.fit(z[at], plan).directions.mean(1) for z, (at, plan) in zip((d, e, d, d), kept, strict=True)]
         numbers |= {"probe_cosine": cosine(*probes[:2]), "probe_cosine_floor": cosine(*probes[2:])}
         between = angles(d.T @ d, e.T @ e, min(5, *d.shape))
         numbers |= {f"preference_angle_{i}": angle for i, angle in enumerate(between, 1)}

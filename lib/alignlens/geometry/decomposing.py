@@ -21,8 +21,7 @@ def decompose(base, aligned, groups, *, folds=5, seed=0, bootstrap=1000) -> Data
     rotated : what both own probes read and base's misses; rotated_repaired : how much of it the map restores
     attenuated, created : what only base's, only aligned's own probe reads; base - 0.5 = kept + rotated + attenuated
     verdict : "none" if neither own `_low` > 0.5; else, joined by "+", "rotated" if rotated_low > 0 with "repaired" if
-        repair_low > 0, "attenuated" if change_high < 0, "created" if change_low > 0; else "kept". "unknown": no
-        bootstrap
+        repair_low > 0, "attenuated" if change_high < 0, "created" if change_low > 0; else "kept"; no draws: "unknown"
     signal_ratio, spread_ratio : mean and standard deviation of the held-out scores of base's probe, aligned over base
     Only "repaired" says that one orthogonal map explains the turn. Clipped parts are biased upward on noise; layers are
     not corrected for. Raises GeometryError without both sides, ProbeError as `probes.transfer`.

@@ -15,7 +15,7 @@ def refuse(wrong: bool, message: str, error: type[Exception] = ProbeError) -> No
 
 
 class Differences:
-    """chosen - rejected of an object or tuple with both, or of one array [pairs, layers, d_model], read by layer."""
+    """chosen - rejected of an object or tuple with both, or one array [pairs, layers, d_model]; iterates by layer."""
 
     def __init__(self, source, name: str = ""):
         if hasattr(source, "chosen") and hasattr(source, "rejected"):

@@ -143,7 +143,7 @@ class Probes(NamedTuple):
         return margin[pairs, fold] + self.intercept[fold], self.intercept[mirror_fold] - margin[pairs, mirror_fold]
 
     def influence(self, x, slope: np.ndarray) -> np.ndarray:
-        """Derivative [pairs, metrics] of metrics to each pair's weight in training, by their slope in the scores."""
+        """Derivative [pairs, metrics] of metrics to pairs' weights in training; slope: theirs to each score."""
         folds, metrics = self.plan.folds, slope.shape[1]
         column = np.repeat(np.arange(self.w.shape[1]), metrics // self.intercept.shape[1])
         scale, weights, penalty, signs = (a[..., column] for a in (self.scale, self.weights, self.penalty, self.signs))
