@@ -1,8 +1,7 @@
 """Behaviour: what alignment did outside the model, on prompts that no variant was trained on.
 
 ``measure`` makes one row a pair for one model; ``compare`` turns the rows of a variant's seeds and of its base into
-numbers with 95 % intervals.
-"""
+numbers with 95 % intervals."""
 
 from __future__ import annotations
 
@@ -49,8 +48,7 @@ def measure(
     reference : the base; not needed for a model with an adapter that can be switched off. Without either the model is
     the base itself, and its KL is 0. Returns one row a pair that fits ``format.max_length``: row (in ``pairs``),
     prompt_id, chosen_logprob and rejected_logprob (nats), chosen_length and rejected_length (tokens); and for rows with
-    a sample: response, length, ended (0 when cut at ``response_tokens``), kl (nats) and the judge's columns.
-    """
+    a sample: response, length, ended (0 when cut at ``response_tokens``), kl (nats) and the judge's columns."""
     encoded = format.encode_pairs(pairs)
     kept = np.flatnonzero(encoded.kept)
     options = {"pad_id": format.pad_id, "batch_size": batch_size}
@@ -90,8 +88,7 @@ def compare(variants: list[pd.DataFrame], base: pd.DataFrame, *, bootstrap: int 
 
     variants : the tables of ``measure``, one a seed, on the same pairs as ``base``. Returns one row a measure
     (``MEASURES``, and the tiny world's factors where they were judged): measure, value, low, high. The bootstrap draws
-    prompts, and seeds where there are several.
-    """
+    prompts, and seeds where there are several."""
     for table in variants:
         if list(table.row) != list(base.row) or list(table.prompt_id) != list(base.prompt_id):
             raise PreferenceError("behaviour was measured on other pairs than the base's; measure both on the same")

@@ -20,8 +20,7 @@ def bridge(model, *, own: bool = False):
     Bridging changes a model in place: a copy is bridged unless ``own`` says that nobody needs the model afterwards.
     Logits and residual streams of a small batch must agree with the model's own within 1e-4 of their largest value
     (float32; 5e-2 in half precision). Attention becomes eager, so that its hooks fire. Raises ActivationError for an
-    unmerged adapter, an architecture without a bridge, or a bridge that disagrees.
-    """
+    unmerged adapter, an architecture without a bridge, or a bridge that disagrees."""
     from transformer_lens.model_bridge.sources import build_bridge_from_module  # noqa: PLC0415  takes seconds
 
     if hasattr(model, "peft_config"):

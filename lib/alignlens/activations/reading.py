@@ -61,8 +61,7 @@ class Activations:
     layers : block indices, 0 being the stream after the first block
     position : last (the end-of-turn token of the response), mean (over the response's tokens, its end included) or
         prompt (the last prompt token, where chosen and rejected are the same by causality)
-    kept : bool [input rows]; report : how many rows were dropped and why, and what was read
-    """
+    kept : bool [input rows]; report : how many rows were dropped and why, and what was read"""
 
     chosen: np.ndarray
     rejected: np.ndarray
@@ -153,8 +152,7 @@ def read(
     formatter : the format the model was trained with, if it is not the tokenizer's default (instead of ``max_length``).
     Returns float32 whatever the model's precision. Raises ActivationError for unknown layers or positions, sequences
     that the model cannot hold, another model's tokenizer, a lack of GPU memory, and NaN or infinite activations (with
-    layer, row and prompt_id); PreferenceError if no pair can be formatted.
-    """
+    layer, row and prompt_id); PreferenceError if no pair can be formatted."""
     if position not in POSITIONS:
         raise ActivationError(f"position={position!r}: choose one of {', '.join(POSITIONS)}")
     formatter, encoded = encode(tokenizer, pairs, formatter, max_length)
@@ -187,8 +185,7 @@ def read_tokens(
     limit : at most this many tokens. Whole pairs are taken in their order, up to the first that would exceed it: the
         same for every model of a family, since only the pairs and their format count.
     folder : an existing folder for tokens.safetensors and tokens.json. The streams then go straight to disk.
-    Raises what ``read`` raises, and ActivationError if the first pair is over ``limit`` or the disk too small.
-    """
+    Raises what ``read`` raises, and ActivationError if the first pair is over ``limit`` or the disk too small."""
     formatter, encoded = encode(tokenizer, pairs, formatter, max_length)
     prompts = [ids for ids in encoded.prompt_ids for _ in range(2)]
     answers = [ids for both in zip(encoded.chosen_ids, encoded.rejected_ids, strict=True) for ids in both]

@@ -30,8 +30,7 @@ class Batch:
     """Some of the sequences, padded on the right.
 
     rows : int [batch], which they are; ids, mask : int64 [batch, longest]; tokens : the wanted ones, bool, and
-    predicting, bool [batch, longest - 1] : those that predict the next wanted one. The first is not predicted.
-    """
+    predicting, bool [batch, longest - 1] : those that predict the next wanted one. The first is not predicted."""
 
     def __init__(self, sequences: "Sequences", rows: np.ndarray, pad_id: int):
         self.rows = rows
@@ -91,8 +90,7 @@ class Sequences:
     """Distinct token lists, in the order in which they first appear.
 
     ids : the lists; starts, sizes : where the wanted tokens of each begin, and how many they are
-    place : int [inputs], the list of each input; first : int [lists], the first input of each, rising
-    """
+    place : int [inputs], the list of each input; first : int [lists], the first input of each, rising"""
 
     ids: list
     starts: list

@@ -2,8 +2,7 @@
 
 A run ends at its last step, or once its *dose* (mean KL per response to the base, on held-out prompts) reaches the
 target, whichever the recipe says. Checked every few steps: dose, response length, and held-out log-probabilities of
-chosen and rejected answers.
-"""
+chosen and rejected answers."""
 
 from alignlens.align.monitor import Monitor
 from alignlens.align.recipe import DEFAULTS, ONLINE, PUBLISHED, Recipe, published

@@ -20,8 +20,7 @@ class Monitor(TrainerCallback):
 
     recipe, format, heldout : the run's ``Recipe``, its ``preferences.Formatter`` and held-out ``Encoded`` pairs.
     rows : one a check: dose (kl, with its standard error), length, chosen and rejected log-probability, margin
-    (change of chosen minus change of rejected, relative to the base), all held out and in nats or tokens.
-    """
+    (change of chosen minus change of rejected, relative to the base), all held out and in nats or tokens."""
 
     def __init__(self, recipe, format, heldout):
         ids = (heldout.prompt_ids, heldout.chosen_ids, heldout.rejected_ids)
@@ -51,8 +50,7 @@ class Monitor(TrainerCallback):
     def check(self, step: int) -> None:
         """Measure the policy after ``step`` steps; past the target dose, land on it and stop.
 
-        Raises ValueError where log-probabilities are not finite.
-        """
+        Raises ValueError where log-probabilities are not finite."""
         policy, training = self.policy, self.policy.training
         policy.eval()
         row = self._measure(step)
@@ -73,8 +71,7 @@ class Monitor(TrainerCallback):
         """Go back to the target dose on the line between the last two checks' weights; the measured row.
 
         The dose can double between two checks. Without this, methods would be compared at doses that differ by as
-        much as chance has them overshoot.
-        """
+        much as chance has them overshoot."""
         after = [weight.detach().clone() for weight in self._weights()]
 
         def move(share):

@@ -41,8 +41,7 @@ class Recipe:
     stop : "dose" ends at ``dose`` nats of mean KL per response (between two checks, weights are interpolated to land
         on it), "last" at the last step.
     check_every, check_prompts : how often, and on how many held-out prompts, dose and curves are measured.
-    options : arguments of the method's TRL config (``DEFAULTS`` lists ours).
-    """
+    options : arguments of the method's TRL config (``DEFAULTS`` lists ours)."""
 
     method: str
     learning_rate: float
@@ -89,8 +88,7 @@ class Recipe:
 def published(recipe: Recipe, n_pairs: int) -> Recipe:
     """The same run with the published settings: r 16, alpha 32, dropout 0.05, one epoch, no stop at a dose.
 
-    Raises AlignError for a method that has none.
-    """
+    Raises AlignError for a method that has none."""
     if recipe.method not in PUBLISHED:
         raise AlignError(f"no recipe for {recipe.method} is published; load its checkpoint, or use recipe: study")
     own = PUBLISHED[recipe.method]

@@ -2,8 +2,7 @@
 
 Every trainer gets ids that ``preferences.Formatter`` made: TRL's own formatting differs between trainers (BOS, EOS,
 templates), and a difference in format would look like a difference between methods. All get the same adapter shape,
-and the reference model is always the parent with the adapter switched off.
-"""
+and the reference model is always the parent with the adapter switched off."""
 
 import copy
 from dataclasses import dataclass
@@ -115,8 +114,7 @@ def _dpo(run: Run, swapped: float = 0.0):
 def _kto(run: Run):
     """Every answer as a row of its own, shuffled; each row also carries the answer of another prompt of its batch.
 
-    KTO's KL term needs that mismatched answer. The trainer reads rows in order, so the batches are known here.
-    """
+    KTO's KL term needs that mismatched answer. The trainer reads rows in order, so the batches are known here."""
     rows = [{"prompt_ids": p, "completion_ids": c, "label": True} for p, c, _ in run.pairs]
     rows += [{"prompt_ids": p, "completion_ids": r, "label": False} for p, _, r in run.pairs]
     rows = [rows[i] for i in np.random.default_rng(run.recipe.seed).permutation(len(rows))]
@@ -179,8 +177,7 @@ def _ppo_models(run: Run) -> dict:
     """Reward and value model for PPO.
 
     The value model is the reward model where there is one, else the base with an empty head, and learns through an
-    adapter of the policy's shape and through its head.
-    """
+    adapter of the policy's shape and through its head."""
     model, judge = run.model, run.reward
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         if isinstance(judge, torch.nn.Module):

@@ -23,22 +23,12 @@ def train(
 ) -> dict:
     """Train one variant of ``base`` and save its adapter (half precision) and its curves into ``folder``.
 
-    Parameters
-    ----------
     base : hub id or local folder of the parent.
     pairs, heldout : DataFrames prompt, chosen, rejected; ``heldout`` prompts are never trained on.
     reward : for ppo and grpo: a reward model (``models.load_reward``), or a function of (prompts, responses) -> values.
-
-    Returns
-    -------
-    dict: steps, dose (mean KL per response, nats) with standard error, stopped_by ("dose" or "last step"), pairs used
-    and dropped.
-
-    Raises
-    ------
-    AlignError
-        for an unknown method, a missing reward, no usable pairs, or a run that diverges.
-    """
+    Returns dict: steps, dose (mean KL per response, nats) with standard error, stopped_by ("dose" or "last step"),
+    pairs used and dropped.
+    Raises AlignError for an unknown method, a missing reward, no usable pairs, or a run that diverges."""
     if recipe.method in ONLINE and reward is None:
         raise AlignError(f"{recipe.method} needs a reward: train a reward model on the reward split first")
     model, tokenizer = models.load(base, device=device, trust_remote_code=trust_remote_code)
@@ -76,12 +66,7 @@ def train_reward(folder: Path, base, pairs, recipe: Recipe, *, device="cpu", tru
 
     ``pairs`` : DataFrame prompt, chosen, rejected, prompt_id; a fifth of the prompts is held out. Returns accuracy on
     them and its standard error, and the number of pairs.
-
-    Raises
-    ------
-    AlignError
-        when there are too few prompts to hold any out.
-    """
+    Raises AlignError when there are too few prompts to hold any out."""
     ids = pairs.prompt_id.drop_duplicates().sort_values()
     held = ids.iloc[np.random.default_rng(recipe.seed).permutation(len(ids))[: int(0.2 * len(ids))]]
     test = pairs.prompt_id.isin(held)

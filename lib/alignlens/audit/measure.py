@@ -31,8 +31,7 @@ class Audit:
     """Two checked models and their pairs; each section is measured when it is asked for and kept.
 
     Raises AlignlensError in one sentence, before any measurement, if a model, a tokenizer, the pairs or a parameter
-    cannot be used.
-    """
+    cannot be used."""
 
     def __init__(self, request: requests.Request):
         self.request = request

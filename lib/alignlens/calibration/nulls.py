@@ -22,8 +22,7 @@ def planted_pairs(n_pairs: int, layers: int, d_model: int, *, layer: int, streng
     """Gaussian pairs, chosen moved by `strength` along one unit direction at one layer; returns them and the direction.
 
     chosen - rejected is N(strength, 2) along it, so with Phi the normal CDF the best linear probe there has accuracy
-    Phi(strength / sqrt 2) and AUROC Phi(strength); elsewhere both are 0.5. IndexError if there is no such layer.
-    """
+    Phi(strength / sqrt 2) and AUROC Phi(strength); elsewhere both are 0.5. IndexError if there is no such layer."""
     pairs = gaussian_pairs(n_pairs, layers, d_model, seed=seed)
     direction = np.random.default_rng([seed, 1]).standard_normal(d_model).astype(np.float32)
     direction /= np.linalg.norm(direction)

@@ -13,8 +13,7 @@ UNUSUAL = 10  # times the median norm: such tokens (the first of a text, some li
 
 def score(bridges, sequences: Sequences, compared, hooks, count: int, batch_size: int, pad_id: int):
     """Log p [models + count, sequences] of clean models, then of the first under each hook of hooks(batch), nats;
-    and KL(hooked || clean model) [models, count, sequences], nats, of the sequences ``compared``, else 0.
-    """
+    and KL(hooked || clean model) [models, count, sequences], nats, of the sequences ``compared``, else 0."""
     logp = np.zeros((len(bridges) + count, len(sequences.ids)))
     divergence = np.zeros((len(bridges), count, len(sequences.ids)))
     for batch in sequences.batches(batch_size, pad_id):

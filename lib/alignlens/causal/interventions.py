@@ -38,8 +38,7 @@ def steer(model, formatter: Formatter, pairs, directions: dict, *, layer, streng
     p : rank of the effect's distance from the mean of all (this direction and the random ones) among theirs, (1 + as
         far or farther) / (1 + random), of one direction, strength and measure: where many are tried, correct for that
     beats : p < 0.05 and the interval excludes both random_mean and 0. Only what beats may be named.
-    Raises CausalError for arguments that do not fit and effects that are not finite; else as ``activations.read``.
-    """
+    Raises CausalError for arguments that do not fit and effects that are not finite; else as ``activations.read``."""
     strengths = np.ravel(np.asarray(strength, float)).tolist()
     if not strengths or not np.isfinite(strengths).all():
         raise CausalError(f"strength={strength!r}: give a finite number or a list of them")
@@ -60,8 +59,7 @@ def ablate(model, formatter: Formatter, pairs, directions: dict, *, layer, **opt
     m is the mean of the clean stream at the changed tokens, those of more than 10 times the median norm left out. The
     random directions r get the same change at each token, (m·u - x·u) r: what they would have removed of their own is
     usually much less, and no fair comparison; their rows bear the name of u. Each direction is ablated alone, with
-    strength 1; arguments, result and errors as for ``steer``.
-    """
+    strength 1; arguments, result and errors as for ``steer``."""
 
     def plan(bench: Bench):
         for name, unit in bench.check(directions).items():
@@ -111,8 +109,7 @@ def patch(source, target, formatter, pairs, *, layers="all", batch_size=64, boot
     Returns a row per layer: layer; margin_target, margin_source, margin_patched : mean log p(chosen) - log p(rejected),
     nats; share : (patched - target) / (source - target), with low and high, its 95 % bootstrap interval over prompts;
     reason : why share is NaN, else empty; kl_to_source, kl_to_target : KL(patched || that model) summed over the chosen
-    response, nats. Raises as ``steer``, and CausalError for models that do not fit each other.
-    """
+    response, nats. Raises as ``steer``, and CausalError for models that do not fit each other."""
     encoded = formatter.encode_pairs(pairs)
     sequences = Sequences.of(encoded.prompt_ids * 2, encoded.chosen_ids + encoded.rejected_ids, lead=1)
     chosen, rejected = sequences.place.reshape(2, -1)

@@ -1,8 +1,7 @@
 """The claims of arXiv 2606.09850 as data: each with its rule, and a verdict that the rule gives from tables.
 
 ``reanalysis`` and ``class_shares`` look at published numbers alone. ``ledger`` sets side by side what was published,
-and what the published and the sound protocol give on this study's models. No verdict is written by hand.
-"""
+and what the published and the sound protocol give on this study's models. No verdict is written by hand."""
 
 from alignlens.claims.evidence import TABLES, read_tables
 from alignlens.claims.judging import CLAIMS, PAPER, check, frame, ledger, read, write

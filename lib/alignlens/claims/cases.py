@@ -1,7 +1,6 @@
 """The claims. The docstring of a claim's function is its rule, word for word as the ledger states it.
 
-Each says its evidence to ``paper`` (published), ``here`` (its protocol on this study's models), ``sound`` (ours).
-"""
+Each says its evidence to ``paper`` (published), ``here`` (its protocol on this study's models), ``sound`` (ours)."""
 
 import numpy as np
 import pandas as pd
@@ -32,8 +31,7 @@ def change(study: Tables, paper: Evidence, here: Evidence, sound: Evidence, meth
     prompts and seeds. Replicated: interval without 0, q < {LEVEL} over families x methods, claimed sign in at least 2/3
     of the families and the other sign in none. Changed: clear somewhere, but not so. Not replicated: clear nowhere, and
     in at least 2/3 of the families the method learnt something (objective moved, half of the target dose) and the
-    interval excludes the published change (median over families). Else not testable here.
-    """
+    interval excludes the published change (median over families). Else not testable here."""
     evidence, more = (paper, here, sound), _at_layer0 if contrast else None
     return _by_method(study, *evidence, methods, lambda t, x: rules.judge_change(t, sign, sign * x), more, contrast)
 
@@ -41,8 +39,7 @@ def change(study: Tables, paper: Evidence, here: Evidence, sound: Evidence, meth
 def preserve(study: Tables, paper: Evidence, here: Evidence, sound: Evidence) -> Verdict:
     """An equivalence test. Replicated: in at least 2/3 of the families the method learnt something (objective moved,
     half of the target dose) and the whole 95 % interval of the change lies within ±{MARGIN}. Not replicated: at least
-    2/3 of the intervals lie beyond the margin. Else not testable here.
-    """
+    2/3 of the intervals lie beyond the margin. Else not testable here."""
     methods = ("ppo", "simpo")
     verdict = _by_method(study, paper, here, sound, methods, lambda t, _: rules.judge_equivalence(t), _loss)
     _loss(paper, "kto", text="For comparison, kto: %s. No reward, KL or win rate is published.")
@@ -114,8 +111,7 @@ def mechanism(study: Tables, paper: Evidence, here: Evidence, sound: Evidence) -
     """Replicated: the fall of C3 is, and rotation or attenuation exceeds the nulls (two seeds, random direction) by two
     standard errors in at least 2/3 of the families for both methods; changed: for one method only; not replicated: for
     neither. Without that fall there is nothing to explain, and the verdict is that of C3. Decided by the first of
-    decomposition, geometry and crosscoder labels that was measured.
-    """
+    decomposition, geometry and crosscoder labels that was measured."""
     methods = ("dpo", "orpo")
     _published_mechanism(study, paper, here, methods)
     table = pd.concat([_beside_nulls(study, name) for name in MEASURES])
@@ -187,8 +183,7 @@ def _beside_nulls(study: Tables, name: str) -> pd.DataFrame:
 def depth(study: Tables, paper: Evidence, here: Evidence, sound: Evidence) -> Verdict:
     """Plateau: layers whose AUROC lies within the interval of the base's best. Replicated: in at least 2/3 of the
     families it holds neither the first nor the last layer. Changed: narrow (at most half of the layers), but at an end.
-    Not replicated: all layers, and the interval, within {MARGIN}. Else not testable here.
-    """
+    Not replicated: all layers, and the interval, within {MARGIN}. Else not testable here."""
     rows = of(reanalysis(), "base").assign(depth=lambda t: t.best_layer / (t.layers - 1))
     best = paper.each(rows, "probe_metrics", "depth of the best layer", "depth")
     first = paper.each(rows, "probe_metrics", "layer 0 AUROC", "layer0")
@@ -206,8 +201,7 @@ def depth(study: Tables, paper: Evidence, here: Evidence, sound: Evidence) -> Ve
 def families(study: Tables, paper: Evidence, here: Evidence, sound: Evidence) -> Verdict:
     """Cochran's Q over families for each method, errors from prompts and training seeds, corrected over methods.
     Replicated: families differ for some method. Not replicated: for none, though a difference as large as the published
-    range would be seen. Else not testable here.
-    """
+    range would be seen. Else not testable here."""
     text, again = "Range over families of the change", of(reanalysis(), *METHODS)
     spread = _range(paper, f"{text} against base: %s. No second training seed is published.", again, "probe_metrics")
     text_here = f"{text} against base, best layer against best layer: %s."
@@ -234,8 +228,7 @@ def breadth(study: Tables, paper: Evidence, here: Evidence, sound: Evidence) -> 
     """Live aligned-only latents by fixed cut-offs. Replicated: in at least 2/3 of the families every broad method has
     more than every concentrated one and than every null (two standard errors). Not replicated: the upper bounds of the
     broad methods lie below the published share. Changed: otherwise, where a method exceeds its nulls. Else not testable
-    here.
-    """
+    here."""
     shares = class_shares().query("run != 'rescue'").groupby(["family", "method"]).aligned_only.mean().reset_index()
     broad, narrow = (of(shares, *names).groupby("family").aligned_only for names in (BROAD, CONCENTRATED))
     order, name = pd.DataFrame({"low": broad.min(), "high": narrow.max()}), "aligned-only share"

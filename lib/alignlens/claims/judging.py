@@ -53,8 +53,7 @@ def ledger(tables: dict[str, pd.DataFrame], *, run_id: str, preset: str, dose: f
     tables : by the names in ``TABLES``; missing or empty ones were not measured. dose : target in nats, half of which a
     method that learnt something has gone (None: its objective moved). Returns {"schema", "run_id", "preset",
     "claims": [{"id", "statement", "rule", "published": {"text", "numbers"}, "here_published", "here_sound", "verdict",
-    "because", "sources"}]}; each number has name, family, method, value, low, high, source and run.
-    """
+    "because", "sources"}]}; each number has name, family, method, value, low, high, source and run."""
     study, found = Tables(tables, dose), []
     for claim in CLAIMS:
         evidence = {name: Evidence(PAPER if name == "published" else run_id) for name in PARTS}

@@ -26,8 +26,7 @@ def published(name: str) -> pd.DataFrame:
 def auroc_error(auroc, pairs):
     """Standard error of the AUROC of ``pairs`` mirrored rows {s: 1, -s: 0}, from the value alone; of sampling only.
 
-    Hanley and McNeil (1982) for as many positives as negatives, times sqrt 2, since a mirrored row is the same pair.
-    """
+    Hanley and McNeil (1982) for as many positives as negatives, times sqrt 2, since a mirrored row is the same pair."""
     a = np.asarray(auroc, float)
     first, second = a / (2 - a), 2 * a**2 / (1 + a)
     return np.sqrt(2 * (a * (1 - a) + (pairs - 1) * (first + second - 2 * a**2)) / pairs**2)
@@ -40,8 +39,7 @@ def reanalysis() -> pd.DataFrame:
     best_layer, auroc : arg-max over layers. change, layer0_change, above_floor_change : against the family's base.
     change_error : of independent samples, too wide for the same pairs; beyond_noise : |change| above two of them.
     share_at_layer0 : layer0_change / change where beyond_noise. plateau_first, plateau_last : layers within two errors
-    of the best. floor : Gaussian noise of the same n and d; of real, correlated features it is lower.
-    """
+    of the best. floor : Gaussian noise of the same n and d; of real, correlated features it is lower."""
     layers = published("probe_metrics").drop(columns="accuracy").sort_values("layer")
     curves, floors = layers.groupby(MODEL).auroc, published("noise_floors").groupby(["pairs", "d_model"]).floor.mean()
     best = layers.loc[curves.idxmax()].rename(columns={"layer": "best_layer"})
@@ -66,8 +64,7 @@ def reanalysis() -> pd.DataFrame:
 def class_shares() -> pd.DataFrame:
     """The paper's crosscoder classes as shares of the dictionary, one row a family, method and run.
 
-    forced : "shared_aligned" by construction. redirected_shift : median |usage shift| of the redirected.
-    """
+    forced : "shared_aligned" by construction. redirected_shift : median |usage shift| of the redirected."""
     table = published("crosscoder_classes")
     shares, total = table.pivot_table(index=RUN, columns="class", values="share"), table.groupby(RUN)["count"].sum()
     shares = shares.fillna(0.0).assign(forced=(FORCED_SHARE * total).astype(int) / total)

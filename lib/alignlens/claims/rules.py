@@ -1,7 +1,6 @@
 """The rules, as ``cases`` states them: each looks at one table, a row a family, and returns (verdict, because).
 
-A row with NaN was not measured and supports nothing. "Not replicated" needs power to see the published effect.
-"""
+A row with NaN was not measured and supports nothing. "Not replicated" needs power to see the published effect."""
 
 import math
 
@@ -38,8 +37,7 @@ def reference_changes(transfer: pd.DataFrame) -> pd.DataFrame:
     """Change of separability of each method at the layer where its family's base is best, from ``transfer_gaps.csv``.
 
     Returns family, method, layer, change, low, high (95 %, prompts and seeds), p (normal), q (Benjamini and Hochberg
-    over families x methods, without controls). The base's best leans against a rise: compare with a control there.
-    """
+    over families x methods, without controls). The base's best leans against a rise: compare with a control there."""
     known = transfer.assign(auroc_base=transfer.auroc_base.fillna(-np.inf))
     rows = transfer.loc[known.groupby("family", sort=False).auroc_base.idxmax(), ["family", "layer"]]
     names = {"difference": "change", "difference_low": "low", "difference_high": "high"}

@@ -27,8 +27,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def replacing_folder(path: str | Path, *, merge: bool = False) -> Iterator[Path]:
     """An empty folder beside ``path``, as ``replacing``. One at ``path`` gives way if it is empty; if it holds files,
-    raises FileExistsError, or with ``merge`` puts the new files (none in folders) among them one by one.
-    """
+    raises FileExistsError, or with ``merge`` puts the new files (none in folders) among them one by one."""
     path = Path(path)
     beside = _beside(path)
     beside.mkdir()

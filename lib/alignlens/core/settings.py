@@ -1,8 +1,7 @@
 """Settings: one typed description of what a study is, its presets as TOML, and what a notebook's parameters mean.
 
 Every field of a preset can be overridden by name, from Python, from a notebook or from papermill, whose ``-p`` gives
-lists and mappings as text. Values are checked here once, and nowhere behind this door.
-"""
+lists and mappings as text. Values are checked here once, and nowhere behind this door."""
 
 import difflib
 import json
@@ -164,8 +163,7 @@ class Preset(Parameters):
     random_directions : norm-matched random directions beside each named one, at least 20. steer_strengths : in units of
     the stream's root-mean-square norm.
     Where. store : folder of made artifacts. shipped : read-only store looked up first. figures : where pictures go.
-    device : "auto", "cpu" or "cuda". jobs : processes side by side, 0 for as many as pay. trust_remote_code.
-    """
+    device : "auto", "cpu" or "cuda". jobs : processes side by side, 0 for as many as pay. trust_remote_code."""
 
     name: str
     families: Annotated[Texts, Field(min_length=1)]
@@ -268,8 +266,7 @@ PRESETS = MappingProxyType(
 def resolve(preset: str = "tiny", **overrides) -> Preset:
     """The preset of that name with some fields replaced; None leaves a field as it is.
 
-    Raises PresetError for an unknown preset or field (with the nearest name), or a value of the wrong type or range.
-    """
+    Raises PresetError for an unknown preset or field (with the nearest name), or a value of the wrong type or range."""
     if not isinstance(preset, str) or preset not in PRESETS:
         raise PresetError(f"preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
     refuse_unknown(overrides, [name for name in Preset.model_fields if name != "name"], PresetError)
@@ -284,8 +281,7 @@ def resolve(preset: str = "tiny", **overrides) -> Preset:
 def from_notebook(names: dict) -> Preset:
     """The preset of a notebook from its global names: every plain value must be a parameter.
 
-    Call it before anything else is assigned: of a mistyped parameter papermill only warns, and it would do nothing.
-    """
+    Call it before anything else is assigned: of a mistyped parameter papermill only warns, and it would do nothing."""
     given = plain_values(names)
     given.pop("name", None)
     return resolve(given.pop("preset", "tiny") or "tiny", **given)

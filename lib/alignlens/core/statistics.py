@@ -1,8 +1,7 @@
 """Statistics that several instruments share: resampling of prompts, intervals, p-values, halves.
 
 A *group* is a prompt, with all its answers and copies. A table holds a central 95 % interval as ``name_low``,
-``name_high`` beside ``name``.
-"""
+``name_high`` beside ``name``."""
 
 import numpy as np
 import pandas as pd
@@ -83,8 +82,7 @@ def corrected(p, by=None):
 def over_seeds(table: pd.DataFrame, names: list[str], keys=("family", "method", "layer")) -> pd.DataFrame:
     """Mean over seeds with a 95 % interval from prompts and seeds: keys, and for each name: name, _low, _high.
 
-    Seeds share prompts: variance = mean variance over prompts + variance between seeds / number of seeds.
-    """
+    Seeds share prompts: variance = mean variance over prompts + variance between seeds / number of seeds."""
     out = []
     for key, rows in table.groupby(list(keys), sort=False):
         row = dict(zip(keys, key, strict=True))

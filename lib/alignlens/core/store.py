@@ -2,8 +2,7 @@
 
 ``<root>/<stage>/<label>-<key>/`` holds the files and manifest.json; the key hashes what they depend on (stage, inputs,
 parameters, stage version), the label is for readers only. ``<root>/damaged/<stage>/`` holds what no longer matches its
-manifest, ``<root>/.locks/`` one lock per key, held while the artifact is made.
-"""
+manifest, ``<root>/.locks/`` one lock per key, held while the artifact is made."""
 
 import contextlib
 import dataclasses
@@ -86,8 +85,7 @@ def content_hash(value) -> str:
 
     value: DataFrame (column names, dtypes of numbers, values; not the index), numpy array (dtype, shape, values),
     `Path` of a file or of a folder such as a local model (relative names and bytes, hidden files and times ignored),
-    or JSON types, with any of these inside a dict or list. Raises StoreError for anything else or a missing path.
-    """
+    or JSON types, with any of these inside a dict or list. Raises StoreError for anything else or a missing path."""
     return _digest(_content(value))[:KEY_LENGTH]
 
 
@@ -223,8 +221,7 @@ def _fill(folder: Path, make: Callable[[Path], dict | None], identity: dict) -> 
 class Store:
     """A folder of artifacts; ``shipped`` is a read-only store folder that is looked up first.
 
-    Raises StoreError for a URL, or if the shipped folder does not exist.
-    """
+    Raises StoreError for a URL, or if the shipped folder does not exist."""
 
     def __init__(self, root: str | Path, shipped: str | Path | None = None):
         if "://" in str(root):
@@ -245,8 +242,7 @@ class Store:
 
         inputs: name -> key or content_hash of what it is made from. parameters: JSON types, dataclasses, numpy values.
         version: raised by hand when the stage's results change. Order of names does not matter, tuples equal lists,
-        1, 1.0 and True differ. Raises StoreError for paths, non-finite numbers and other types.
-        """
+        1, 1.0 and True differ. Raises StoreError for paths, non-finite numbers and other types."""
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", stage) or stage == "damaged":
             raise StoreError(f"stage {stage!r}: use lower-case letters, digits, _ and -, and not 'damaged'")
         if bad := [name for name, value in inputs.items() if not isinstance(value, str)]:
@@ -264,8 +260,7 @@ class Store:
         identity: inputs, parameters and version, as for ``key``. make(folder) writes its files into an empty folder and
         may return a dict of small facts (kept as ``extra``); if it raises, nothing is left behind. Processes that ask
         for the same key wait for the first one. A damaged artifact is reported, set aside under ``damaged/`` (shipped
-        ones stay) and made again. Raises StoreError for inputs that cannot be hashed or files that cannot be stored.
-        """
+        ones stay) and made again. Raises StoreError for inputs that cannot be hashed or files that cannot be stored."""
         key = self.key(stage, **identity)
         if found := self._lookup(stage, key):
             return found

@@ -60,8 +60,7 @@ def order(methods) -> list[str]:
 def lines(table: pd.DataFrame, y: str, *, x="layer", hue="method", col="family", band=(), **options) -> sns.FacetGrid:
     """``seaborn.relplot``, one line a method (or a value of ``hue``, which then needs a ``palette`` of its own).
 
-    band : values of ``hue`` whose interval, columns ``y_low`` and ``y_high``, is drawn.
-    """
+    band : values of ``hue`` whose interval, columns ``y_low`` and ``y_high``, is drawn."""
     shown = order(table[hue]) if hue == "method" else list(dict.fromkeys(table[hue]))
     looks = {"palette": METHODS, "markers": MARKERS, "dashes": DASHES} if hue == "method" else {"markers": True}
     looks |= {"height": 3, "aspect": 1.2, "errorbar": None, "legend": "full", "hue_order": shown, "style_order": shown}
@@ -85,8 +84,7 @@ def lines(table: pd.DataFrame, y: str, *, x="layer", hue="method", col="family",
 
 def intervals(table: pd.DataFrame, y: str, *, low=None, high=None, x="method", col="family", **options):
     """``seaborn.FacetGrid`` of a point and its 95 % interval (columns ``y_low``, ``y_high``) a method; rows of a panel
-    that share their ``x`` (families, say) stand side by side.
-    """
+    that share their ``x`` (families, say) stand side by side."""
     low, high, shown = low or f"{y}_low", high or f"{y}_high", order(table[x]) or list(dict.fromkeys(table[x]))
     grid = sns.FacetGrid(table, col=col, **{"height": 3, "aspect": 1.1} | options)
 
@@ -114,8 +112,7 @@ def floor(grid: sns.FacetGrid, table: pd.DataFrame, low: str, high: str, *, x="l
 def save(figure, table: pd.DataFrame, name: str, study, *, title: str = "", note: str = "") -> None:
     """Write ``figures/<preset>/<name>`` as .png, .svg and .csv, stamped with preset and run id, and show it.
 
-    figure : matplotlib figure or seaborn grid. title : what is seen; note : n and seeds, below it.
-    """
+    figure : matplotlib figure or seaborn grid. title : what is seen; note : n and seeds, below it."""
     figure = getattr(figure, "figure", figure)
     folder, top = _folder(study), 1 + 0.12 / figure.get_figheight()
     if note:

@@ -30,8 +30,7 @@ def compare(x, y, *, seed=0) -> dict:
     rank, variance_kept : joint components that the map mixes (fewer with d above 384 or below 4 d rows) and their share
         of the variance; the rest stays in place, so the turn of faint directions is underestimated
     Returns these as a dict. At noise of half the signal's variance, d = 64, angles are within 2 degrees from 2000 rows,
-    8 from 300; half turns read up to 10 short. Raises GeometryError for unequal shapes, values not finite, few rows.
-    """
+    8 from 300; half turns read up to 10 short. Raises GeometryError for unequal shapes, values not finite, few rows."""
     x, y = checked_rows(x, "x"), checked_rows(y, "y")
     inputs.refuse(x.shape != y.shape, f"x is {x.shape} and y {y.shape}: read both on the same rows.", GeometryError)
     numbers, _ = compare_rows(x, y, np.random.default_rng(seed).permutation(len(x)) % 2)
@@ -44,8 +43,7 @@ def halves(x, groups, *, seed=0) -> dict:
     x : [rows, d], streams, or differences chosen - rejected · groups : [rows], the prompt of each row
     Returns, over 10 random splits, mean principal_angles and mean_shift (as in `compare`), mean_cosine (of the halves'
     mean rows; for differences, preference directions), raw_norm_ratio (larger over smaller); pessimistic, as a half has
-    half the rows. Rotation, CKA and residuals have no such floor: `compare` takes out their noise.
-    """
+    half the rows. Rotation, CKA and residuals have no such floor: `compare` takes out their noise."""
     x = checked_rows(x, "x")
     centred, found = x - x.mean(0), []
     k = leading_rank(centred.T @ centred)
@@ -67,8 +65,7 @@ def compare_layers(base, aligned, groups, *, seed=0) -> DataFrame:
     mean_cosine, probe_cosine of the models' mean differences and grouped probes (activation units, mean over folds),
     with `_floor` of two halves of base (10 splits; probe: one), lower for their fewer pairs; preference_angle_1 .. 5,
     degrees between first right singular spaces; signal_ratio, noise_ratio, aligned over base, of the mean's norm and
-    the rms about it. `_low`, `_high` (95 %) of INTERVALS and rotation_degrees: jackknife over 20 blocks of groups.
-    """
+    the rms about it. `_low`, `_high` (95 %) of INTERVALS and rotation_degrees: jackknife over 20 blocks of groups."""
     models = both_streams(base, aligned)
     group = inputs.plan_folds(models[0].shape[0], groups, seed=seed).group
     blocks = min(BLOCKS, group.max() + 1)

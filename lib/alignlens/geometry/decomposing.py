@@ -24,8 +24,7 @@ def decompose(base, aligned, groups, *, folds=5, seed=0, bootstrap=1000) -> Data
         repair_low > 0, "attenuated" if change_high < 0, "created" if change_low > 0; else "kept"; no draws: "unknown"
     signal_ratio, spread_ratio : mean and standard deviation of the held-out scores of base's probe, aligned over base
     Only "repaired" says that one orthogonal map explains the turn. Clipped parts are biased upward on noise; layers are
-    not corrected for. Raises GeometryError without both sides, ProbeError as `probes.transfer`.
-    """
+    not corrected for. Raises GeometryError without both sides, ProbeError as `probes.transfer`."""
     models = both_streams(base, aligned)
     plan = inputs.plan_folds(models[0].shape[0], groups, "grouped", folds, seed)
     weights, rows = bootstrap_weights(plan.group, bootstrap, seed), []

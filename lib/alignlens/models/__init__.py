@@ -1,8 +1,7 @@
 """Models: load a base, an aligned checkpoint or an adapter; train a tiny base; score and sample; edit weights.
 
 Everything that runs a language model outside its internals lives here. Prompts and responses arrive as token ids, made
-by one ``preferences.Formatter``.
-"""
+by one ``preferences.Formatter``."""
 
 from alignlens.models.editing import interpolate, random_adapter
 from alignlens.models.loading import check, describe, load, load_reward, load_tokenizer, pinned, score_model

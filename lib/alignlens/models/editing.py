@@ -12,8 +12,7 @@ from alignlens.core.errors import ModelError
 def interpolate(base, aligned, share: float) -> None:
     """Move a model back towards its base, in place: every weight becomes base + ``share`` × (aligned - base).
 
-    Raises ModelError when their weights differ in name or shape.
-    """
+    Raises ModelError when their weights differ in name or shape."""
     start = dict(base.named_parameters())
     if {n: w.shape for n, w in start.items()} != {n: w.shape for n, w in aligned.named_parameters()}:
         raise ModelError("base and aligned have weights of other names or shapes: they are not of one architecture")
@@ -24,8 +23,7 @@ def interpolate(base, aligned, share: float) -> None:
 def random_adapter(adapter: str | Path, folder: str | Path, *, seed: int = 0) -> None:
     """A LoRA adapter of random direction and the same size: every module's update keeps its Frobenius norm.
 
-    What an instrument finds between a base and this is what any change of that size looks like.
-    """
+    What an instrument finds between a base and this is what any change of that size looks like."""
     adapter, folder = Path(adapter), Path(folder)
     weights = load_file(adapter / "adapter_model.safetensors")
     draw = torch.Generator().manual_seed(seed)

@@ -26,22 +26,12 @@ def pinned(source: Source) -> tuple[str, dict[str, str]]:
 def load(source: Source, adapter: Source | None = None, *, device: str = "cpu", trust_remote_code: bool = False):
     """Load a causal language model and its tokenizer, and check them.
 
-    Parameters
-    ----------
     source : hub id (``id@revision`` pins it) or local folder of a base or a merged checkpoint.
     adapter : hub id or local folder of a PEFT adapter on ``source``; merged into the weights.
     device : float32 on the CPU, bfloat16 elsewhere.
-
-    Returns
-    -------
-    (transformers.PreTrainedModel, tokenizer)
-
-    Raises
-    ------
-    ModelError
-        when the source is missing or out of reach, holds only pickled weights, has non-finite weights, or when its
-        tokenizer has more tokens than the model has embeddings or does not give a text back.
-    """
+    Returns (transformers.PreTrainedModel, tokenizer). Raises ModelError when the source is missing or out of reach, holds
+    only pickled weights, has non-finite weights, or when its tokenizer has more tokens than the model has embeddings or
+    does not give a text back."""
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     options = {"dtype": torch.float32 if device == "cpu" else torch.bfloat16, "trust_remote_code": trust_remote_code}
     model = _weights(transformers.AutoModelForCausalLM, source, **options)
@@ -61,8 +51,7 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> transf
 def load_reward(base: Source, adapter: Source, *, device: str = "cpu", trust_remote_code: bool = False):
     """Load a reward model: a base with a trained score head, stored as a local adapter that holds the head.
 
-    Raises ModelError when the adapter holds no score head (a fresh one would reward noise) or does not fit the base.
-    """
+    Raises ModelError when the adapter holds no score head (a fresh one would reward noise) or does not fit the base."""
     model = score_model(base, trust_remote_code=trust_remote_code)
     return _merged(model, adapter, head=True).to(device).eval()
 

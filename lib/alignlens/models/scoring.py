@@ -45,8 +45,7 @@ def response_kl(model, prompts, responses, *, pad_id: int, reference=None, batch
 
     Exact at each token (over the whole vocabulary), so on responses sampled from ``model`` the mean is an unbiased,
     low-variance estimate of the KL between the two response distributions. Without ``reference`` the model must carry
-    an adapter: the adapter switched off is the reference. Raises ModelError if there is neither.
-    """
+    an adapter: the adapter switched off is the reference. Raises ModelError if there is neither."""
     if reference is None and not hasattr(model, "disable_adapter"):
         raise ModelError("response_kl: give a reference, or a model with an adapter that can be switched off")
 
@@ -73,8 +72,7 @@ def sample(
 ) -> list[list[int]]:
     """Sample one response a prompt, from the model's unmodified distribution.
 
-    Responses end with ``end_id`` unless they ran into ``max_new_tokens``. The random state of the caller is kept.
-    """
+    Responses end with ``end_id`` unless they ran into ``max_new_tokens``. The random state of the caller is kept."""
     settings = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens, eos_token_id=end_id,
         pad_token_id=pad_id,

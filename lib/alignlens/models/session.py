@@ -13,8 +13,7 @@ from threadpoolctl import threadpool_limits
 def quietly():
     """Keep notes, progress bars and load reports of Hugging Face's libraries out of notebooks.
 
-    Errors are raised as ever; what a load report would say of missing weights is checked by ``load`` instead.
-    """
+    Errors are raised as ever; what a load report would say of missing weights is checked by ``load`` instead."""
     with ExitStack() as after, warnings.catch_warnings(action="ignore"):
         for name in ("transformers", "datasets", "trl", "accelerate"):
             logger, bars = logging.getLogger(name), sys.modules.get(f"{name}.utils.logging")
@@ -34,7 +33,6 @@ def default_device() -> str:
 def one_thread() -> None:
     """Keep this process to one CPU thread. Small matrices gain nothing from more, and on shared cores lose many times.
 
-    PyTorch's threads wait for each other by spinning: on a busy machine two ran about ten times slower than one.
-    """
+    PyTorch's threads wait for each other by spinning: on a busy machine two ran about ten times slower than one."""
     torch.set_num_threads(1)
     threadpool_limits(1)

@@ -25,8 +25,7 @@ TEMPLATE = (
 def train_tokenizer(texts, *, vocab_size: int, bos: bool) -> transformers.PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer on texts, lossless on any text, with a two-role chat template.
 
-    ``bos`` puts a begin-of-text token before every conversation, as the Llama family does and the others do not.
-    """
+    ``bos`` puts a begin-of-text token before every conversation, as the Llama family does and the others do not."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -50,11 +49,7 @@ def pretrain(
 
     Next-token loss on prompts and responses alike; AdamW, 5 % warm-up, cosine decay to a tenth. ``texts`` are read in
     random order, each at most once an epoch.
-
-    Returns
-    -------
-    dict: parameters, steps, tokens, loss (mean of the last 5 %), curve (list of [step, loss]).
-    """
+    Returns dict: parameters, steps, tokens, loss (mean of the last 5 %), curve (list of [step, loss])."""
     if architecture not in ARCHITECTURES:
         raise ModelError(f"architecture {architecture!r} has no tiny base; choose one of {', '.join(ARCHITECTURES)}")
     torch.manual_seed(seed)

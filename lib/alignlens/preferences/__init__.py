@@ -2,8 +2,7 @@
 
 A prompt is one string, so tables stay plain in any file format: the text of a single user turn, or else (several turns,
 a system turn) each turn as ``\\x1e`` role ``\\x1f`` content, which ``join_turns`` writes and ``turns`` reads back.
-Responses are the text of one assistant turn.
-"""
+Responses are the text of one assistant turn."""
 
 from alignlens.preferences.formatting import Encoded, Formatter, collate
 from alignlens.preferences.loading import COLUMNS, SUFFIXES, describe_report, load_pairs

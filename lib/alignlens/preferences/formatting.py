@@ -1,8 +1,7 @@
 """The one text format of a model, for every method and every instrument: pairs as token ids.
 
 Where each method has its own chat format (arXiv 2606.09850, training scripts), differences between methods are partly
-differences between formats.
-"""
+differences between formats."""
 
 import json
 import re
@@ -34,8 +33,7 @@ class Encoded:
 
     prompt_ids, chosen_ids, rejected_ids : of the kept rows, lists of token ids; each response ends with one end-of-turn
     token. kept : bool [input rows]. report : counts of what was dropped and why, and token lengths over all rows that
-    could be formatted. prompts, prompt_id : text of each kept row's prompt, and its id, an array of str.
-    """
+    could be formatted. prompts, prompt_id : text of each kept row's prompt, and its id, an array of str."""
 
     prompt_ids: list
     chosen_ids: list
@@ -74,8 +72,7 @@ class Formatter:
     end_id : the end-of-turn token, found by rendering an assistant turn; the end of sequence if the template has none.
     pad_id : the tokenizer's padding token unless it is ``end_id``; else a special token named for padding, the unknown
     token, or another special token that no format uses. Only a tokenizer without any of these pads with ``end_id``.
-    Raises PreferenceError for an unusable template, a text holding special tokens, or one over ``max_length``.
-    """
+    Raises PreferenceError for an unusable template, a text holding special tokens, or one over ``max_length``."""
 
     def __init__(self, tokenizer, *, max_length=None, template="auto"):
         require_count(max_length, "max_length")
@@ -198,8 +195,7 @@ class Formatter:
         """``Encoded`` of many pairs (prompt, chosen, rejected; what is one already, as it is).
 
         Left out and counted are pairs of which either side is over ``max_length``, those with special tokens in a text,
-        and those whose prompt and response would merge into one token. Raises PreferenceError if none is left.
-        """
+        and those whose prompt and response would merge into one token. Raises PreferenceError if none is left."""
         if isinstance(pairs, Encoded):
             return pairs
         require_columns(pairs, "prompt", "chosen", "rejected")

@@ -79,8 +79,7 @@ def load_pairs(source, *, limit=None, max_chars=None, split="train", on_bad="ref
     on_bad : "refuse" raises on unusable rows, "drop" leaves them out and counts them.
     Returns ``prompt, chosen, rejected, prompt_id``, then the extra columns, in file order. ``attrs["report"]`` counts
     what was dropped and why (see ``describe_report``). Exact duplicates are dropped; contradictory pairs (the same two
-    answers, swapped) are kept and counted. Raises PreferenceError naming source, row (line of a .jsonl) and field.
-    """
+    answers, swapped) are kept and counted. Raises PreferenceError naming source, row (line of a .jsonl) and field."""
     require_count(limit, "limit")
     require_count(max_chars, "max_chars")
     if on_bad not in ("refuse", "drop"):

@@ -64,8 +64,7 @@ def split_by_prompt(pairs, *, reward=0.2, measure=0.3, seed=0):
 
     A prompt's place depends on the hash of (seed, prompt_id) alone, so it stays when rows come and go, and shares are
     met up to chance (about 1 percentage point at 2 000 prompts). No method and no reward model trains on ``measure``.
-    Raises PreferenceError for an empty split.
-    """
+    Raises PreferenceError for an empty split."""
     if min(reward, measure) < 0 or reward + measure >= 1:
         raise PreferenceError(f"reward={reward}, measure={measure}: shares are at least 0 and add up to less than 1.")
     require_columns(pairs, "prompt_id")

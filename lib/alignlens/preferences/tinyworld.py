@@ -3,8 +3,7 @@
 Every answer has four factors that need different depths of reading: *tone*, a kind (+1), neutral (0) or rude (-1)
 opening word; *fillers*, 0 to 3 sentences that say nothing; *on_topic*, 1 when it is about the asked town and attribute;
 *correct*, 1 when the stated fact is true in this world. Its *true utility*, their sum with the weights ``UTILITY``,
-plays the human judge: preferences are drawn from it, and ``score`` reads it back out of any text.
-"""
+plays the human judge: preferences are drawn from it, and ``score`` reads it back out of any text."""
 
 import re
 from functools import lru_cache
@@ -133,8 +132,7 @@ def pairs(
     label_noise : share of rows whose labels are swapped.
     Returns ``prompts * rejected`` rows: prompt, chosen (one a prompt), rejected, town, attribute and, of both answers,
     the factors and the utility (``chosen_tone`` ... ``rejected_utility``). Raises PresetError for more prompts than the
-    4,800 distinct ones or a parameter outside its range.
-    """
+    4,800 distinct ones or a parameter outside its range."""
     asked = questions()
     if not 0 < prompts <= len(asked):
         raise PresetError(f"tiny world: {prompts} prompts asked for; it has {len(asked)} distinct ones")
@@ -168,8 +166,7 @@ def pairs(
 def corpus(n: int, *, seed: int = 0, exclude=()) -> pd.DataFrame:
     """Draw ``n`` question-answer texts for pretraining a base: prompt, town, attribute, response, factors and utility.
 
-    Prompts in ``exclude`` (the measured ones, say) never occur; their facts do, under other wordings.
-    """
+    Prompts in ``exclude`` (the measured ones, say) never occur; their facts do, under other wordings."""
     asked = questions().loc[lambda table: ~table.prompt.isin(set(exclude))]
     rng = np.random.default_rng([seed, 2])
     asked = asked.iloc[rng.integers(len(asked), size=n)].reset_index(drop=True)
@@ -181,8 +178,7 @@ def score(prompts, responses) -> pd.DataFrame:
 
     Returns one row an answer: tone, fillers, on_topic, correct, fluent, utility. ``fluent`` is 1 when every sentence is
     one that this world can say; one that is not counts as a filler. An answer that states no fact is neither on topic
-    nor correct. Raises PresetError for a prompt that is no question of this world.
-    """
+    nor correct. Raises PresetError for a prompt that is no question of this world."""
     lookup = questions().set_index("prompt")
     if unknown := [prompt for prompt in prompts if prompt not in lookup.index]:
         raise PresetError(f"tiny world: {unknown[0]!r} is no question of this world; score only its own prompts")

@@ -17,8 +17,7 @@ def leak_check(y, p, fold_ids, pair_ids, *, bootstrap=1000, seed=0) -> dict:
     mirrored rows: all [rows]. Returns auroc (all rows), auroc_leaked (a mirror trained the probe), auroc_clean (it did
     not) with _low, _high (95 %, bootstrap over pairs), n_rows, n_leaked, n_clean, share_leaked (0 in honest folds); NaN
     where a class is missing. auroc far above auroc_clean is memory: weakness F1 of arXiv 2606.09850. Raises ProbeError
-    if lengths differ, y is not binary, p is not finite, or no pair has two rows.
-    """
+    if lengths differ, y is not binary, p is not finite, or no pair has two rows."""
     y, p, fold_ids, pair_ids = map(np.asarray, (y, p, fold_ids, pair_ids))
     shapes = [a.shape for a in (y, p, fold_ids, pair_ids)]
     _, pair, rows = np.unique(pair_ids, return_inverse=True, return_counts=True)
@@ -48,8 +47,7 @@ def permuted_sign_null(chosen, rejected, groups, *, protocol="grouped", folds=5,
     """The floor of the real features: chosen and rejected swapped at random, one coin per group, and probed again.
 
     Grouped probes keep the penalty chosen on the real labels. Returns one row a layer: layer, auroc_mean, auroc_low,
-    auroc_high (central 95 % of the permutations). Other parameters and errors as in `fit_layers`.
-    """
+    auroc_high (central 95 % of the permutations). Other parameters and errors as in `fit_layers`."""
     refuse(permutations < 1, f"permutations is {permutations}: draw at least one (100 or more for a 95 % band).")
     differences = Differences((chosen, rejected))
     plan = plan_folds(len(chosen), groups, protocol, folds, seed)
@@ -66,8 +64,7 @@ def selectivity(chosen, rejected, groups, *, protocol="grouped", folds=5, seed=0
 
     The control averages `draws` random labellings of the pairs, under the penalty chosen on the real labels; a mirrored
     copy in training gives its label away. Returns one row a layer: layer, accuracy, accuracy_control, selectivity, with
-    `_low`, `_high` (95 %, bootstrap over groups). Other parameters and errors as in `fit_layers`.
-    """
+    `_low`, `_high` (95 %, bootstrap over groups). Other parameters and errors as in `fit_layers`."""
     refuse(draws < 1, f"draws is {draws}: the control needs at least one random labelling.")
     differences = Differences((chosen, rejected))
     plan = plan_folds(len(chosen), groups, protocol, folds, seed)

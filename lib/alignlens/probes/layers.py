@@ -46,8 +46,7 @@ def fit_layers(chosen, rejected, groups, *, protocol="grouped", folds=5, seed=0,
     share pairs; penalty, median over folds. Under "grouped" a redrawn group counts where it is scored and, to first
     order (infinitesimal jackknife), where it trains: near nominal on a clear effect, conservative (about 99 %) on
     noise; under "published" probes are fixed, intervals on noise too short by about sqrt 2. Raises ProbeError for
-    shapes that differ, values not finite, too few groups, an unknown protocol.
-    """
+    shapes that differ, values not finite, too few groups, an unknown protocol."""
     return _fit_layers(inputs.Differences((chosen, rejected)), len(chosen), groups, protocol, folds, seed, bootstrap)
 
 
@@ -83,8 +82,7 @@ def transfer(base, aligned, groups, *, folds=5, seed=0, bootstrap=1000) -> DataF
     auroc_aligned, each by its own probe; auroc_base_to_aligned, base's probe on aligned, and its gap_base_to_aligned
     below auroc_aligned; auroc_aligned_to_base and gap_aligned_to_base likewise; difference = auroc_aligned -
     auroc_base. A direction is applied in activation units: a model that only rotated shows a gap, not a difference.
-    Raises ProbeError as `fit_layers`, and if the two models differ in shape.
-    """
+    Raises ProbeError as `fit_layers`, and if the two models differ in shape."""
     models = inputs.same_rows(base, aligned)
     plan = inputs.plan_folds(models[0].shape[0], groups, "grouped", folds, seed)
     weights, rows = bootstrap_weights(plan.group, bootstrap, seed), []

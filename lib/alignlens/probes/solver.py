@@ -43,8 +43,7 @@ class Problem:
         scale [d, columns]: w is in units of z / scale. weights [n, columns], or [2n, columns] (rows x, then -x) for an
         intercept: columns sum to 1. signs [n, columns]: -1 swaps chosen and rejected. Polak-Ribiere conjugate gradient,
         preconditioned with the Hessian at w = 0, Newton steps along the line. Returns w [d, columns], intercepts
-        [columns].
-        """
+        [columns]."""
         d, columns = scale.shape
         ridge = np.zeros((d + (len(weights) > self.n), columns))  # the intercept is one more row, unpenalised
         ridge[:d] = penalty

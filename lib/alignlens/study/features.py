@@ -27,8 +27,7 @@ class _Dictionary(Stage):
     """What autoencoders and crosscoders have in common.
 
     Subclasses say which models and layers they read, and how streams (one array and one mask of tokens a model) become
-    the rows to train on, by stream, and the mask of all tokens that were kept.
-    """
+    the rows to train on, by stream, and the mask of all tokens that were kept."""
 
     kind, group, ships, after = "dictionary", "dictionaries", True, ("variant", "random")
 
@@ -137,8 +136,7 @@ class Latents(Stage):
     """What the family's pooled dictionaries read in one model on the measured pairs.
 
     Tables, all with a column layer: ``usage``, ``quality``; of a variant also ``change`` and ``anchors`` against
-    its base, of a base ``factors`` and ``factor_null`` (tiny world). See ``dictionaries.latents``.
-    """
+    its base, of a base ``factors`` and ``factor_null`` (tiny world). See ``dictionaries.latents``."""
 
     name, after = "latents", ("variant", "random", "sae")
 
@@ -216,8 +214,7 @@ class PublishedCrosscoder(Stage):
 
     Trained, as published, on one vector a prompt (its last token). Tables: ``classes`` (``sparc.classify``),
     history, ``lasso_*`` and ``geometry_*``, each published and corrected; ``facts.json``: quality, sharing ratio,
-    thresholds.
-    """
+    thresholds."""
 
     name, group, title, ships = "published_crosscoder", "dictionaries", "published crosscoder", True
     after = ("variant", "random")
@@ -265,8 +262,7 @@ class PublishedCrosscoder(Stage):
 class PublishedSae(Stage):
     """The published study's autoencoder of one model at that model's own best layer: quality and usage only.
 
-    Width 8 x d, k and steps in the published proportions to d and to the width.
-    """
+    Width 8 x d, k and steps in the published proportions to d and to the width."""
 
     name, group, title, ships = "published_sae", "dictionaries", "published autoencoder", True
 

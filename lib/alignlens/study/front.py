@@ -1,8 +1,7 @@
 """The front door: ask a study for a result; it comes from the store or is made, with all that it depends on.
 
 Every result is an artifact keyed by what it depends on, so notebooks run alone and in any order, a killed run goes on
-where it stopped, and two studies can share a store.
-"""
+where it stopped, and two studies can share a store."""
 
 from __future__ import annotations
 
@@ -27,8 +26,7 @@ PLACES = ("store", "figures", "jobs", "device", "shipped", "variants", "read_bat
 class Study:
     """Everything a preset describes, made when asked for: ``study.probes(variant)`` and so on, one name a stage.
 
-    preset : see ``settings.resolve``. progress : show one progress bar for long work.
-    """
+    preset : see ``settings.resolve``. progress : show one progress bar for long work."""
 
     def __init__(self, preset: settings.Preset, *, progress: bool = True):
         self.preset, self.progress = preset, progress
@@ -62,8 +60,7 @@ class Study:
     def make_all(self, *groups: str) -> None:
         """Make what these groups of stages hold ("variants", "probes", ...), several results side by side.
 
-        Shows one progress bar with what is being made. Later calls find everything in the store.
-        """
+        Shows one progress bar with what is being made. Later calls find everything in the store."""
         known = list(dict.fromkeys(stage.group for stage in STAGES.values()))
         for group in groups or known:
             if group not in known:
@@ -252,8 +249,7 @@ class Study:
     def comparisons(self, family: str) -> list[tuple[str, Variant, Variant]]:
         """What crosscoders compare: (name, first, second) of every method's first seed and of the nulls.
 
-        Nulls: "self" (the base with itself), "seeds" (two seeds of one method), "random" (a random direction).
-        """
+        Nulls: "self" (the base with itself), "seeds" (two seeds of one method), "random" (a random direction)."""
         base, seeds = Variant(family, "base"), {m: self.seeds_of(family, m) for m in self.methods}
         out = [(m, base, Variant(family, m, seeds[m][0])) for m in self.methods]
         out.append(("self", base, base))

@@ -56,8 +56,7 @@ class Activations(Stage):
 class Tokens(Stage):
     """Residual streams at every response token, ``activations.Tokens``, memory-mapped from the store.
 
-    split : "measure" (the family's measured pairs) or "train" (all other pairs: what dictionaries are trained on).
-    """
+    split : "measure" (the family's measured pairs) or "train" (all other pairs: what dictionaries are trained on)."""
 
     name = "tokens"
 
@@ -131,8 +130,7 @@ class Probes(Stage):
 
     Tables: ``grouped``, ``published`` (``probes.fit_layers`` under each protocol); for a base ``null_grouped`` and
     ``null_published`` (permuted signs), for a variant ``transfer`` against its base. ``scores.safetensors`` holds
-    out-of-fold scores, labels, folds and pairs of both protocols.
-    """
+    out-of-fold scores, labels, folds and pairs of both protocols."""
 
     name, title = "probes", "activations and probes"
 
@@ -167,8 +165,7 @@ class Probes(Stage):
 class Geometry(Stage):
     """Two models of a family on the measured pairs, one row a layer.
 
-    Tables: ``geometry`` (``geometry.compare_layers``) and ``decomposition`` (``geometry.decompose``).
-    """
+    Tables: ``geometry`` (``geometry.compare_layers``) and ``decomposition`` (``geometry.decompose``)."""
 
     name = "geometry"
 
@@ -200,8 +197,7 @@ def _compared(s, first, second) -> dict[str, pd.DataFrame]:
 class Dose(Stage):
     """A variant part of the way from its base: weights base + share × (variant - base), for each ``dose_shares``.
 
-    Tables, all with a column share: ``behavior`` (``behavior.compare``), ``geometry``, ``decomposition``.
-    """
+    Tables, all with a column share: ``behavior`` (``behavior.compare``), ``geometry``, ``decomposition``."""
 
     name, version, title, ships = "dose", 2, "part of the way", True
 
@@ -239,8 +235,7 @@ class Causal(Stage):
     Directions and latents are found on one half of the measured prompts (latents: by the change tables, which read
     all), effects are measured on ``causal_pairs`` pairs of the other half. Tables: ``interventions``
     (``causal.steer``, ``ablate``, ``ablate_latents``) and, of a variant, ``patching`` (``causal.patch`` both ways,
-    column into: the model that gets the other's stream).
-    """
+    column into: the model that gets the other's stream)."""
 
     name, title, ships = "causal", "interventions", True
 

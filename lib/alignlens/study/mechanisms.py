@@ -1,8 +1,7 @@
 """Tables of dictionaries, geometry, dose and causes over a whole study, as several notebooks use them; see ``tables``.
 
 The names of the nulls stand in the column method: "self" (the base with itself), "seeds" (two seeds of one method) and
-"random" (adapters of random direction, each as large as a variant's).
-"""
+"random" (adapters of random direction, each as large as a variant's)."""
 
 from __future__ import annotations
 
@@ -17,28 +16,6 @@ from alignlens.dictionaries import latents
 from alignlens.published import sparc
 from alignlens.study import Study, Variant, features
 from alignlens.study.tables import collect, reference_layers
-
-
-def latent_table(study: Study, name: str, *, base: bool = True, null: bool = False) -> pd.DataFrame:
-    """One table of ``study.latents`` of all models, with family, method, seed; null adds the random direction."""
-    variants = study.variants(base=base)
-    if null:
-        variants += [v for f in study.families for what, _, v in study.comparisons(f) if what == "random"]
-    return collect(study, lambda v: study.latents(v).table(f"{name}.parquet"), variants)
-
-
-def named_latents(told: pd.DataFrame, ceiling: pd.DataFrame) -> pd.DataFrame:
-    """The factor that each latent tells best, where it beats the permutation ceiling.
-
-    told : family, layer, latent, factor, auroc. ceiling : family, layer, factor, ceiling. Returns family, layer,
-    latent, name ("not FACTOR" where the latent tells its absence), auroc.
-    """
-    table = told.merge(ceiling[["family", "layer", "factor", "ceiling"]], on=["family", "layer", "factor"])
-    table["strength"] = (table.auroc - 0.5).abs()
-    best = table.loc[table.groupby(["family", "layer", "latent"]).strength.idxmax()]
-    best = best[best.strength > best.ceiling - 0.5]
-    name = np.where(best.auroc > 0.5, "", "not ") + best.factor.astype(str)
-    return best.assign(name=name)[["family", "layer", "latent", "name", "auroc"]].reset_index(drop=True)
 
 
 @dataclasses.dataclass
@@ -79,8 +56,7 @@ def crosscoders(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Every latent of every crosscoder on the measured pairs, and each crosscoder's quality.
 
     (family, method, the columns of ``dictionaries.classify``, rows), (family, method, those of
-    ``dictionaries.evaluate``).
-    """
+    ``dictionaries.evaluate``)."""
     tables, qualities = [], []
     for family in study.families:
         layer = study.crosscoder_layer(family)
@@ -115,8 +91,7 @@ def published_classes(study: Study) -> pd.DataFrame:
     """Classes of the published crosscoder, by its adaptive and by its fixed thresholds, nulls included.
 
     family, method, thresholds, class, share (of all latents, as published), sharing (feature sharing ratio), fve, r2,
-    dead_published, dead_share.
-    """
+    dead_published, dead_share."""
     out = []
     for family in study.families:
         for name, first, second in study.comparisons(family):
@@ -134,28 +109,10 @@ def published_classes(study: Study) -> pd.DataFrame:
     return pd.DataFrame(out)
 
 
-def window_latents(study: Study) -> pd.DataFrame:
-    """The multi-layer crosscoder by layer: family, method, latent, label, layer, norms, theta (cosine), density."""
-    out = []
-    for family in study.families:
-        first, second, _ = windowed = features.windowed(study, family)
-        found = features.read_dictionary(study.crosscoder(*windowed), study.dictionary_layers(family))
-        streams = {n: study.tokens(v).streams for n, v in zip(dictionaries.STREAMS, (first, second), strict=True)}
-        labels = dictionaries.classify(found, streams)[["latent", "label", "density"]]
-        rows = {n: r.astype(float) for n, r in found.rows().items()}
-        norms = {n: np.linalg.norm(r, axis=-1) for n, r in rows.items()}
-        theta = (rows["base"] * rows["aligned"]).sum(-1) / np.maximum(norms["base"] * norms["aligned"], 1e-12)
-        for i, layer in enumerate(study.dictionary_layers(family)):
-            facts = {"norm_base": norms["base"][:, i], "norm_aligned": norms["aligned"][:, i], "theta": theta[:, i]}
-            out.append(labels.assign(family=family, method=second.method, layer=layer, **facts))
-    return pd.concat(out, ignore_index=True)
-
-
 def geometry_table(study: Study, name: str) -> pd.DataFrame:
     """ "geometry" or "decomposition" of every variant against its base and of the nulls: family, method, seed, layer, …
 
-    Of the null "random" the seed numbers the draw.
-    """
+    Of the null "random" the seed numbers the draw."""
     out = []
     for family in study.families:
         for method, first, second in study.geometry_comparisons(family):
@@ -169,8 +126,7 @@ def clear_parts(parts: pd.DataFrame) -> pd.DataFrame:
 
     parts : family, method, layer, ``gap``, ``change`` and ``rotated`` with their 95 % intervals. p-values are normal,
     one-sided for the gap, and controlled at a false discovery rate of 5 % over all layers, variants and nulls of a
-    family. A gap alone may be signal that was created, so rotated must exclude 0 as well.
-    """
+    family. A gap alone may be signal that was created, so rotated must exclude 0 as well."""
     p = {n: p_value(parts[n], parts[f"{n}_low"], parts[f"{n}_high"], above=n == "gap") for n in ("gap", "change")}
     clear = corrected(pd.DataFrame(p, parts.index), by=parts.family) < 0.05
     return parts.assign(
@@ -183,8 +139,7 @@ def clear_parts(parts: pd.DataFrame) -> pd.DataFrame:
 def pairs_needed(study: Study, shares=(0.2, 0.4, 0.6, 0.8, 1.0)) -> pd.DataFrame:
     """The decomposition at the reference layer with fewer prompts: how many does it take to see a turned signal?
 
-    One method (dpo, if there) and the nulls of each family: family, method, pairs, then ``geometry.decompose``.
-    """
+    One method (dpo, if there) and the nulls of each family: family, method, pairs, then ``geometry.decompose``."""
     draws = {"folds": study.preset.folds, "bootstrap": study.preset.bootstrap}
     rows = []
     for family, layer in reference_layers(study).items():
@@ -215,8 +170,7 @@ def dose_path(study: Study) -> pd.DataFrame:
 
     One row a variant and share of the way: family, method, seed, share (0: the base, 1: the variant), layer, kl (dose,
     nats a response), then each measure with its ``_low`` and ``_high``. Between base and variant the weights are
-    interpolated, so the path is a straight line in weights, not the path that training took.
-    """
+    interpolated, so the path is a straight line in weights, not the path that training took."""
     layers, out = reference_layers(study), []
     for variant in study.first_seeds(base=False):
         made, whole = study.dose(variant), study.geometry(variant.base, variant)
@@ -253,8 +207,7 @@ def matched_dose(path: pd.DataFrame, dose: float) -> pd.DataFrame:
     """Every variant at one dose: measures interpolated along ``dose_path``, linear in KL between neighbouring points.
 
     Returns family, method, measure, value, low, high, last (value at the whole way) and reached: False where the
-    variant ended below the dose; its values are then NaN.
-    """
+    variant ended below the dose; its values are then NaN."""
     names, rows = [n for n in path if f"{n}_low" in path and n != "kl"], []
     for (family, method), way in path.groupby(["family", "method"], sort=False):
         way = way.sort_values("kl")
@@ -271,21 +224,3 @@ def matched_dose(path: pd.DataFrame, dose: float) -> pd.DataFrame:
 def causal(study: Study) -> pd.DataFrame:
     """Every intervention of every first seed and base: family, method, seed and the columns of ``causal.steer``."""
     return collect(study, lambda v: study.causal(v).table("interventions.parquet"), study.first_seeds())
-
-
-def steering_summary(table: pd.DataFrame) -> pd.DataFrame:
-    """How often each kind of direction earns its name: family, direction, tests (model × strength), beats, right_sign.
-
-    table : ``causal``. beats : tests of the margin in which it beats the random directions (two-sided, so one in twenty
-    by chance). right_sign : of these, with the margin moved the way of the push.
-    """
-    rows = table[(table.intervention == "steer") & (table.kind == "named") & (table.measure == "margin")]
-    beats = rows.beats.astype(bool)
-    rows = rows.assign(
-        direction=rows.name.where(~rows.name.str.startswith("latent"), "latents"), beats=beats,
-        right=beats & (np.sign(rows.value) == np.sign(rows.strength)),
-    )  # fmt: skip
-    found = rows.groupby(["family", "direction"], sort=False).agg(
-        tests=("beats", "size"), beats=("beats", "sum"), right_sign=("right", "sum"), largest=("value", "max")
-    )
-    return found.reset_index()

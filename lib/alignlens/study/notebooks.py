@@ -28,8 +28,7 @@ def run(name: str, parameters: dict, *, folder: str | Path | None = None) -> Pat
     """Execute ``notebooks/<name>.ipynb`` with parameters and keep the executed copy beside the figures.
 
     The copy takes its place only once the notebook has run to its end; a failed run leaves ``<name>.failed.ipynb``
-    and raises NotebookError with the failing cell's error.
-    """
+    and raises NotebookError with the failing cell's error."""
     preset = settings.resolve(**({"preset": "tiny"} | parameters))
     source = settings.home() / "notebooks" / f"{name}.ipynb"
     folder = Path(folder or settings.place(preset.figures)) / preset.name

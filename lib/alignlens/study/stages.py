@@ -2,8 +2,7 @@
 
 A stage is declared by subclassing ``Stage``; nothing else knows of it. Its key hashes the keys of its inputs, its
 parameters and its version, so a change anywhere upstream reaches everything downstream. ``STAGES`` holds them in the
-order of their declaration, which is the order of work.
-"""
+order of their declaration, which is the order of work."""
 
 from __future__ import annotations
 
@@ -17,8 +16,7 @@ class Stage:
 
     name : attribute of the study that asks for it. version : raised by hand when results change. kind : folder in the
     store, by default the name. group : what ``Study.make_all`` calls it. title : in the progress bar. after : stages to
-    finish before its tasks run side by side. ships : whether ``Study.ship`` copies it.
-    """
+    finish before its tasks run side by side. ships : whether ``Study.ship`` copies it."""
 
     name: str
     version: int = 1

@@ -61,8 +61,7 @@ OBJECTIVES = dict.fromkeys(("dpo", "simpo", "orpo", "kto", "shuffled"), ("accura
 def objectives(behaviour: pd.DataFrame) -> pd.DataFrame:
     """Whether each method moved what it optimises on held-out pairs: "moved", "no change" or "moved back".
 
-    A verdict needs a 95 % interval (``low``, ``high`` of ``behaviour``) that excludes the value of no change.
-    """
+    A verdict needs a 95 % interval (``low``, ``high`` of ``behaviour``) that excludes the value of no change."""
     rows = []
     for (family, method), table in behaviour.groupby(["family", "method"], sort=False):
         name, neutral = OBJECTIVES.get(method, (None, None))
@@ -95,8 +94,7 @@ def best_layers(study: Study) -> pd.DataFrame:
 
     auroc_published : highest over layers under the published protocol. layer : highest grouped AUROC.
     auroc_grouped : that maximum, chosen on the rows that report it. auroc_honest : layer chosen on one half of the
-    prompts, AUROC on the other half, averaged over both ways. layer0_* : the same after the first block.
-    """
+    prompts, AUROC on the other half, averaged over both ways. layer0_* : the same after the first block."""
     rows = []
     for variant in study.variants():
         artifact = study.probes(variant)
@@ -130,8 +128,7 @@ def changes(transfer: pd.DataFrame) -> pd.DataFrame:
     """Change of separability against the base, one row a variant: the largest one, and how many layers show one.
 
     transfer : over seeds, with ``difference`` and its 95 % interval by family, method, layer.
-    ``after_correction`` controls the false discovery rate at 5 % over all layers and variants of a family.
-    """
+    ``after_correction`` controls the false discovery rate at 5 % over all layers and variants of a family."""
     low, high = transfer.difference_low, transfer.difference_high
     p = pd.Series(statistics.p_value(transfer.difference, low, high), transfer.index)
     table = transfer.assign(p=statistics.corrected(p, by=transfer.family), raw=(low > 0) | (high < 0))
@@ -147,8 +144,7 @@ def changes(transfer: pd.DataFrame) -> pd.DataFrame:
 def baselines(study: Study) -> pd.DataFrame:
     """Grouped probes of the base next to what needs no depth: length, bag of tokens, the base's log-probability margin.
 
-    family, baseline, auroc, auroc_low, auroc_high, accuracy; "layer 0" and "best layer" come last.
-    """
+    family, baseline, auroc, auroc_low, auroc_high, accuracy; "layer 0" and "best layer" come last."""
     names, rows = ["auroc", "auroc_low", "auroc_high", "accuracy"], {}
     for family in study.families:
         pairs, base = study.measured(family), Variant(family, "base")
@@ -184,8 +180,7 @@ def contrast_sets(study: Study, family: str) -> dict[str, pd.DataFrame]:
     """Three sets of pairs on held-out prompts, for reading one and the same unaligned base.
 
     "paired" one pair a prompt; "repeated answers" several rejected answers against one chosen, so chosen rows repeat;
-    "few pairs" fewer pairs than the model has dimensions. Pairs from a file give the second only if prompts repeat.
-    """
+    "few pairs" fewer pairs than the model has dimensions. Pairs from a file give the second only if prompts repeat."""
     p = study.preset
     pairs = study.measured(family)
     sets = {"paired": pairs.drop_duplicates("prompt_id").reset_index(drop=True)}
@@ -206,8 +201,7 @@ def contrast(study: Study) -> pd.DataFrame:
     """Each base read on each contrast set under both protocols.
 
     family, set, protocol, pairs, layer, the columns of ``probes.fit_layers``, ``floor`` (Gaussian noise of that shape)
-    and the AUROC of rows whose mirror was in training (``auroc_leaked``) and of the others (``auroc_clean``).
-    """
+    and the AUROC of rows whose mirror was in training (``auroc_leaked``) and of the others (``auroc_clean``)."""
     out = []
     for family in study.families:
         for name, pairs in contrast_sets(study, family).items():

@@ -155,8 +155,7 @@ def _true_utility(prompts, responses) -> np.ndarray:
 def judge(s, family: str) -> behavior.Judge | None:
     """Who scores samples: the tiny world's true utility, else the family's reward model (seed 0), else nobody.
 
-    Where variants are trained against reward models, tiny-world samples also get that model's ``reward``.
-    """
+    Where variants are trained against reward models, tiny-world samples also get that model's ``reward``."""
     reward = _learned_reward(s, family) if s.needs_reward_model else None
     if not s.tiny_world:
         return behavior.Judge("reward model", lambda p, r: pd.DataFrame({"score": reward(p, r)})) if reward else None
