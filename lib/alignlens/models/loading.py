@@ -29,9 +29,9 @@ def load(source: Source, adapter: Source | None = None, *, device: str = "cpu", 
     source : hub id (``id@revision`` pins it) or local folder of a base or a merged checkpoint.
     adapter : hub id or local folder of a PEFT adapter on ``source``; merged into the weights.
     device : float32 on the CPU, bfloat16 elsewhere.
-    Returns (transformers.PreTrainedModel, tokenizer). Raises ModelError when the source is missing or out of reach, holds
-    only pickled weights, has non-finite weights, or when its tokenizer has more tokens than the model has embeddings or
-    does not give a text back."""
+    Returns (transformers.PreTrainedModel, tokenizer). Raises ModelError when the source is missing or out of reach,
+    holds only pickled weights, has non-finite weights, or when its tokenizer has more tokens than the model has
+    embeddings or does not give a text back."""
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     options = {"dtype": torch.float32 if device == "cpu" else torch.bfloat16, "trust_remote_code": trust_remote_code}
     model = _weights(transformers.AutoModelForCausalLM, source, **options)

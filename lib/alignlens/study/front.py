@@ -58,7 +58,7 @@ class Study:
         return self._once(name, args, lambda: Store.key(stage.kind, **stage.identity(self, *args)))
 
     def make_all(self, *groups: str) -> None:
-        """Make what these groups of stages hold ("variants", "probes", ...), several results side by side.
+        """Make what these groups of stages hold ("variants", "probes", ..., or all), several results side by side.
 
         Shows one progress bar with what is being made. Later calls find everything in the store."""
         known = list(dict.fromkeys(stage.group for stage in STAGES.values()))
