@@ -213,7 +213,7 @@ def test_an_adapter_given_as_the_model(adapter):
 def test_pickled_weights_only(copy):
     torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
     (copy / "model.safetensors").unlink()
-    refused("needs config.json, safetensors weights", "Convert pickled weights", source=copy)
+    refused("holds only pickled weights; convert them to safetensors", source=copy)
 
 
 def rewrite(folder, change, name="model.safetensors"):

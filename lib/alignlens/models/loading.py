@@ -96,10 +96,8 @@ def _weights(kind, source, **options):
     """A model from safetensors, all of its weights (but a new score head) from its files."""
     model, found = _fetch(kind, source, use_safetensors=True, output_loading_info=True, **options)
     if missing := sorted(set(found["missing_keys"]) - {"score.weight"}):
-        raise ModelError(
-            f"model {str(source)!r}: its files lack {len(missing)} weights, {missing[0]} first; they would be random. "
-            "Fetch or save the model again, with all of its files"
-        )
+        what = f"its files lack {len(missing)} weights, {missing[0]} first; they would be random"
+        raise ModelError(f"model {str(source)!r}: {what}. Fetch or save the model again, with all of its files")
     return model
 
 
@@ -135,8 +133,10 @@ def _first_line(error) -> str:
 def _advice(name: str) -> str:
     """What to do about a source that cannot be loaded."""
     if Path(name).is_dir():
-        needs = "The folder needs config.json, safetensors weights and the tokenizer's files"
-        return f"{needs}. Convert pickled weights; give an adapter beside its base"
+        kinds = {file.suffix for file in Path(name).iterdir()}
+        if kinds & {".bin", ".pt", ".pth"} and ".safetensors" not in kinds:
+            return "It holds only pickled weights; convert them to safetensors first"
+        return "It needs config.json, safetensors weights and the tokenizer's files; give an adapter beside its base"
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         return "There is no such folder; check the path"
     return "Give a local folder, or a hub id that is public or that you are logged in for, with the hub in reach"
