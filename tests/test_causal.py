@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from alignlens import activations, causal, models, preferences
+from alignlens import activations, causal, preferences
 from alignlens.core.errors import ActivationError, CausalError, PreferenceError
 from alignlens.dictionaries import Config, Dictionary
 
@@ -22,7 +23,7 @@ def format(micro):
 
 @pytest.fixture(scope="module")
 def model(micro):
-    return models.AutoModelForCausalLM.from_pretrained(micro.folder, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(micro.folder, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
@@ -351,6 +352,6 @@ def test_models_of_other_shapes_are_not_patched(bridged, format, pairs):
     config = copy.deepcopy(bridged.original_model.config)
     config.hidden_size = 16
     with pytest.raises(CausalError, match="patch between models of one shape"):
-        causal.patch(models.AutoModelForCausalLM.from_config(config), bridged, format, pairs)
+        causal.patch(AutoModelForCausalLM.from_config(config), bridged, format, pairs)
     with pytest.raises(ActivationError, match=r"layers=\[5\]"):
         causal.patch(bridged, bridged, format, pairs, layers=[5])
