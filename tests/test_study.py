@@ -223,6 +223,13 @@ def test_dictionaries_are_read_where_they_were_trained(smoke):
         features.read_dictionary(artifact, [other])
 
 
+def test_a_layer_that_a_given_base_does_not_have_is_refused(smoke, tmp_path):
+    folder, store = str(smoke.base("llama").path), str(tmp_path)
+    given = study.open("smoke", families={"mine": folder}, dictionary_layers="1,9", store=store, progress=False)
+    with pytest.raises(PresetError, match=r"dictionary_layers \(mine\) names layer 9, but the base has layers 0 to 1"):
+        given.dictionary_layers("mine")
+
+
 def test_one_dictionary_reads_all_models_and_the_base_has_not_changed(smoke):
     base = Variant("llama", "base")
     layer = smoke.crosscoder_layer("llama")

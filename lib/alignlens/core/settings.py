@@ -246,11 +246,11 @@ class Preset(Parameters):
         return self
 
 
-def check_depth(chosen, depth: int, name: str) -> None:
-    """ValueError for a layer that a model of ``depth`` blocks does not have."""
+def check_depth(chosen, depth: int, name: str, error: type[Exception] = ValueError) -> None:
+    """The error for a layer that a model of ``depth`` blocks does not have."""
     beyond = [layer for layer in chosen if layer >= depth] if not isinstance(chosen, str) else []
     if beyond:
-        raise ValueError(f"{name} names layer {beyond[0]}, but the base has layers 0 to {depth - 1}")
+        raise error(f"{name} names layer {beyond[0]}, but the base has layers 0 to {depth - 1}")
 
 
 def _read(name: str) -> dict:

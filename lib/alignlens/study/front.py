@@ -238,7 +238,7 @@ class Study:
         depth, chosen = self._shape(family)["layers"], self.preset.dictionary_layers
         if chosen == "spread":
             return tuple(sorted({int(depth * share) for share in (0.25, 0.5, 0.75)}))
-        settings.check_depth(chosen, depth, f"dictionary_layers ({family})")
+        settings.check_depth(chosen, depth, f"dictionary_layers ({family})", PresetError)
         return chosen
 
     def crosscoder_layer(self, family: str) -> int:
