@@ -95,6 +95,7 @@ def test_command_line_forms_become_the_fields_type(field, given, meant):
         ("position", "prompt", "position is 'prompt': choose one of last, mean"),
         ("reward_share", 0.9, "leave no share for training"),
         ("layers", 0, "layers is 0: it must be at least 1"),
+        ("label_noise", 2, "label_noise is 2: it must be at most 1"),
         ("vocab_size", -1, "vocab_size is -1: it must be at least 300"),
         ("dose", "inf", "dose is 'inf': give a finite number"),
         ("jobs", -3, "jobs is -3: it must be at least 0"),

@@ -83,7 +83,8 @@ def layers(word: str) -> object:
 
 _WORDS = {
     "missing": "it must be given", "extra_forbidden": "it is unknown", "greater_than_equal": "it must be at least {ge}",
-    "greater_than": "it must be above {gt}", "less_than": "it must be below {lt}", "less_than_equal": "it may be {le}",
+    "greater_than": "it must be above {gt}", "less_than": "it must be below {lt}",
+    "less_than_equal": "it must be at most {le}",
     "literal_error": "choose one of {expected}", "too_short": "give at least one",
     "finite_number": "give a finite number", "multiple_of": "it must be a multiple of {multiple_of}",
     "value_error": "{error}",

@@ -11,6 +11,7 @@ import pandas as pd
 import seaborn as sns
 from PIL import Image
 
+from alignlens.core.files import replacing
 from alignlens.core.settings import SPELLING, place
 
 # Okabe and Ito's colour-blind-safe palette; dashes and markers carry the same information a second time.
@@ -122,22 +123,20 @@ def save(figure, table: pd.DataFrame, name: str, study, *, title: str = "", note
     stamp = f"alignlens · {study.preset.name} · run {study.run_id}"
     figure.text(0.999, -0.12 / figure.get_figheight(), stamp, ha="right", va="top", size=6, alpha=0.5)
     for suffix, options in ((".png", {}), (".svg", {"metadata": {"Date": None}, "dpi": 100})):
-        beside = folder / f".{name}{suffix}"
-        figure.savefig(beside, format=suffix[1:], **options)
-        if suffix == ".png":
-            beside.write_bytes(shrink(beside.read_bytes()))
-        else:
-            beside.write_text(INDENTS.sub("\n", LONG_NUMBERS.sub(r"\1", beside.read_text())))
-        beside.replace(folder / f"{name}{suffix}")
+        with replacing(folder / f"{name}{suffix}") as beside:
+            figure.savefig(beside, format=suffix[1:], **options)
+            if suffix == ".png":
+                beside.write_bytes(shrink(beside.read_bytes()))
+            else:
+                beside.write_text(INDENTS.sub("\n", LONG_NUMBERS.sub(r"\1", beside.read_text())))
     save_table(table, name, study)
     plt.show()
 
 
 def save_table(table: pd.DataFrame, name: str, study) -> None:
     """Write a table as ``figures/<preset>/<name>.csv``, numbers to five significant digits."""
-    beside = _folder(study) / f".{name}.csv"
-    table.to_csv(beside, index=False, float_format="%.5g", lineterminator="\n")
-    beside.replace(beside.with_name(f"{name}.csv"))
+    with replacing(_folder(study) / f"{name}.csv") as beside:
+        table.to_csv(beside, index=False, float_format="%.5g", lineterminator="\n")
 
 
 def shrink(png: bytes) -> bytes:

@@ -13,7 +13,7 @@ from alignlens.core.store import content_hash, write_json, write_table
 from alignlens.dictionaries import latents
 from alignlens.preferences import tinyworld
 from alignlens.published import sparc
-from alignlens.study.measuring import read_tokens
+from alignlens.study.measuring import read_dictionary, read_tokens
 from alignlens.study.stages import Stage
 from alignlens.study.variants import TEXTS
 
@@ -201,12 +201,6 @@ def _spliced_loss(s, variant, layer, dictionary, tokens) -> dict[str, float]:
     recovered = (loss["mean"] - loss["dictionary"]) / max(loss["mean"] - loss["clean"], 1e-9)
     increase = loss["dictionary"] - loss["clean"]
     return {"loss_clean": loss["clean"], "loss_increase": increase, "recovered": recovered}
-
-
-def read_dictionary(artifact, layers: list[int]) -> dictionaries.Dictionary:
-    """The dictionary of an artifact; DictionaryError if it was trained at other layers."""
-    expect = {"hooks": [activations.hook_name(layer) for layer in layers]}
-    return dictionaries.Dictionary.load(artifact.path, expect=expect)
 
 
 class PublishedCrosscoder(Stage):

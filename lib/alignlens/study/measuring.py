@@ -261,7 +261,7 @@ class Causal(Stage):
             "reference": (said.chosen_logprob - said.rejected_logprob).to_numpy(),
         }  # fmt: skip
         directions, told = _directions(s, variant, layer, fitted), _told_latents(s, variant, layer)
-        found = dictionaries.Dictionary.load(s.sae(variant.family, layer, 0).path)
+        found = read_dictionary(s.sae(variant.family, layer, 0), [layer])
         written = {f"latent {i}": found.decoder[i] for i in told}
         tables = [
             causal.steer(*inputs, directions | written, strength=p.steer_strengths, **options),
@@ -278,6 +278,12 @@ class Causal(Stage):
             ways = {"variant": (other, bridged), "base": (bridged, other)}
             parts = [causal.patch(*both, format, pairs, **common).assign(into=into) for into, both in ways.items()]
             write_table(folder / "patching.parquet", pd.concat(parts, ignore_index=True))
+
+
+def read_dictionary(artifact, layers: list[int]) -> dictionaries.Dictionary:
+    """The dictionary of an artifact; DictionaryError if it was trained at other layers."""
+    expect = {"hooks": [activations.hook_name(layer) for layer in layers]}
+    return dictionaries.Dictionary.load(artifact.path, expect=expect)
 
 
 def causal_halves(s, family: str) -> tuple[pd.DataFrame, np.ndarray]:
