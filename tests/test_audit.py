@@ -216,7 +216,7 @@ def test_the_same_request_gives_the_same_bytes(base, aligned, pairs, result, tmp
         audit.write(one, tmp_path / name)
     for file in ("audit.json", "audit.html"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    assert formatted.count(pd.DataFrame) == 2
+    assert formatted.count(pd.DataFrame) == 1
 
 
 def test_a_report_names_no_folder_of_this_machine(result, pairs):
@@ -351,12 +351,6 @@ def test_models_that_do_not_belong_together(base, pairs, tmp_path):
     other = checkpoint(tmp_path / "other", "llama")
     tokenizer(chat=True, bos=True, words="zebras quietly juggle vexing onyx boxes").save_pretrained(other)
     refuses("tokenizers differ in", base, other, pairs=pairs)
-    with models.quietly():
-        model = AutoModelForCausalLM.from_pretrained(base)
-        model.resize_token_embeddings(len(AutoTokenizer.from_pretrained(base)) + 8, mean_resizing=False)
-        model.save_pretrained(tmp_path / "wider")
-        AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "wider")
-    refuses("weight model.embed_tokens.weight is", base, tmp_path / "wider", pairs=pairs)
 
 
 def test_pairs_that_cannot_be_used(base, aligned, pairs, tmp_path):
@@ -396,7 +390,7 @@ def test_parameters_that_cannot_be_used(options, words):
 
 def test_layers_beyond_the_model(base, aligned, pairs):
     refuses("block indices from 0 to 1", base, aligned, pairs=pairs, layers="0,7")
-    refuses("max_length is 4000, the models take 192", base, aligned, pairs=pairs, max_length=4000)
+    refuses("max_length is 4000, the models take 192 tokens", base, aligned, pairs=pairs, max_length=4000)
 
 
 @pytest.mark.notebook

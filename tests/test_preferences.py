@@ -449,10 +449,6 @@ def test_texts_that_hold_special_tokens_or_merge_are_dropped_and_counted():
     ("template", "words"),
     [
         ("{{ messages[0]['content'] }}", "the chat template cannot be split: its prompt ends with"),
-        (
-            CHATML.replace("assistant\n", "assistant\n<think>\n"),
-            "the chat template cannot be split: its prompt ends with",
-        ),
         (CHATML.replace("assistant\n", "assistant\n\n"), "the chat template cannot be split: its prompt ends with"),
         ("{{ raise_exception('no such roles') }}", "the chat template refuses turns of roles user: no such roles"),
     ],

@@ -27,7 +27,7 @@ def weights(audit) -> dict:
 def behaviour(audit) -> dict:
     """Log-probabilities of the pairs and sampled answers, aligned against base."""
     judge = behavior.Judge("true utility", _utility) if audit.source == TOYS else None
-    room, asked = audit.base.context - max(map(len, audit.encoded.prompt_ids)), audit.request
+    room, asked = audit.context - max(map(len, audit.encoded.prompt_ids)), audit.request
     options = {"sampled": asked.sampled, "seed": asked.seed, "batch_size": audit.batch_size}
     options["response_tokens"] = min(asked.response_tokens, room)
     base, aligned = (

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from alignlens import activations, causal, geometry, models
-from alignlens.audit import behaviour, causes, features, requests, signal, verdicts
+from alignlens.audit import behaviour, causes, features, requests, sides, signal, verdicts
 from alignlens.audit.numbers import EQUIVALENCE, detectable, rounded
 from alignlens.core.errors import AuditError, DictionaryError, NotMeasured, ProbeError
 from alignlens.core.store import content_hash, git_commit, versions
@@ -42,10 +42,12 @@ class Audit:
         if any(source.startswith("tiny:") for source in (request.base, request.aligned)):
             self._scratch = tempfile.TemporaryDirectory(prefix="alignlens-")
             toys = requests.open_toys(self._scratch.name)
+        found = sides.sources(request, toys)  # a wrong model is told before the pairs are read, and read before weights
         pairs, self.source = requests.load_pairs(request, toys)
-        self.base, self.aligned = requests.load_sides(request, toys, self.device)
-        self.format, encoded, self.notes = requests.one_format(self.base, self.aligned, pairs, request)
-        self.pairs, self.encoded, self.dropped = requests.usable(pairs, encoded, request, self.base.context)
+        self.base, self.aligned, notes = sides.load(found, request, self.device)
+        self.format, encoded, more = sides.one_format(self.base, self.aligned, pairs, request)
+        self.notes, self.context = notes + more, min(self.base.context, self.aligned.context)
+        self.pairs, self.encoded, self.dropped = requests.usable(pairs, encoded, request, self.context)
         self.answer_tokens = sum(map(len, [*self.encoded.chosen_ids, *self.encoded.rejected_ids]))
         self.layers = self._chosen_layers()
         self.middle = min(self.layers, key=lambda layer: abs(layer - (self.base.facts["layers"] - 1) / 2))
@@ -58,7 +60,10 @@ class Audit:
             activations.bridge(side.model)  # a copy, checked against the model and thrown away
         fitting = CAUSAL_TOKENS // (2 * self.encoded.report["median_tokens"]) if self.device == "cpu" else 64
         self.causal_pairs = request.causal_pairs or int(np.clip(fitting, 16, 64))
-        self.identical = self.base.weights_hash == self.aligned.weights_hash
+        self.identical = sides.identical(self.base, self.aligned, self.encoded, self.format.pad_id)
+        self.config_differs = sides.differing(self.base, self.aligned)
+        for name, (one, other) in self.config_differs.items():
+            self.notes.append(f"Configurations differ: {name} is {one} in the base, {other} in the aligned model.")
         self._sections: dict[str, dict] = {}
 
     def _chosen_layers(self) -> list[int]:
@@ -182,6 +187,7 @@ class Audit:
         if rows:
             power["auroc"] = rounded(float(np.median([detectable(row["difference"]) for row in rows])))
         both = {"base": self.base.facts, "aligned": self.aligned.facts, "identical": self.identical}
+        both["config_differs"] = list(self.config_differs)
         out = {"schema": SCHEMA, "date": self.request.date, "models": both, "pairs": pairs, "format": form}
         out |= {**sections, "power": power}
         return out | {"warnings": verdicts.warnings(out, self.pairs), "methods": methods}

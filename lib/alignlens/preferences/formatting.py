@@ -23,7 +23,9 @@ FIXED_DATE = (
     "{%- macro strftime_now(form) -%}{{ form | replace('%d', '26') | replace('%b', 'Jul') | replace('%B', 'July')"
     " | replace('%m', '07') | replace('%y', '24') | replace('%Y', '2024') }}{%- endmacro -%}"
 )
-DROPPED = ("special_token", "boundary", "overlong_prompt", "overlong_response")
+EMPTY_BLOCK = r"\s*<think>\s*(</think>\s*)?"
+DROPPED = ("template", "special_token", "boundary", "overlong_prompt", "overlong_response")
+THINK, THOUGHT = "<think>", "</think>"  # what opens and closes a reasoning trace in the families that have them
 CHUNK = 2048  # texts tokenised at once: bounds the memory of the tokenizer's offsets
 
 
@@ -64,8 +66,10 @@ class Formatter:
     """One text format for all methods and all measurements: token ids of a prompt and of its response.
 
     prompt ids + response ids are the tokens of the rendered conversation up to and including the end-of-turn token, and
-    the prompt ids are what generation starts from. Thinking is switched off; an empty thinking block belongs to the
-    prompt. Templates that print today's date get a fixed one. Nothing is ever cut.
+    the prompt ids are what generation starts from. Thinking is switched off, and an empty thinking block belongs to the
+    prompt; where an answer holds a reasoning trace (``</think>``) thinking is on, and the trace belongs to the answer,
+    as in generation, also if the template would leave it out. Templates that print today's date get a fixed one.
+    Nothing is ever cut.
     max_length : most tokens of prompt and response together; None for no limit.
     template : "chat" uses the tokenizer's chat template; "plain" writes each turn and a blank line (BOS first if the
     tokenizer itself adds it, end of sequence last); "auto" is chat where there is a template.
@@ -99,14 +103,18 @@ class Formatter:
         self._chat = FIXED_DATE * ("strftime_now" in template) + template
         question, answer = "Question1", "Answer1"
         conversation = [*turns(question), {"role": "assistant", "content": answer}]
-        opened, full = self._render(turns(question), True), self._render(conversation, False)
+        try:
+            opened, full = self._render(turns(question), True), self._render(conversation, False)
+        except Unusable as refused:
+            raise PreferenceError(f"{refused.words}. Use template='plain'.") from refused
         before, found, self._after = full.rpartition(answer)
         told = found and question in opened
         if told and before.startswith(opened):
             lead = before[len(opened) :]  # a header or an empty thinking block; a lone space belongs to the answer
             self._lead = lead if lead.strip() else ""
-        elif told and opened.startswith(before) and re.fullmatch(r"\s*<think>\s*</think>\s*", opened[len(before) :]):
-            self._unrendered = opened[len(before) :]  # opens generation only: kept, since answers come after it
+        elif told and opened.startswith(before) and (block := re.fullmatch(EMPTY_BLOCK, opened[len(before) :])):
+            self._lead = "" if block[1] else f"\n{THOUGHT}\n\n"
+            self._unrendered = block[0] + self._lead  # opens generation only: kept, since answers come after it
         else:
             ends = f"its prompt ends with {opened[-60:]!r} for generation but with {before[-60:]!r} before an answer"
             raise PreferenceError(f"the chat template cannot be split: {ends}. Use template='plain'.")
@@ -125,40 +133,56 @@ class Formatter:
         spare = [*map(ids, named), tokenizer.unk_token_id, *sorted(map(ids, self._specials))]
         return next((token for token in spare if token not in used), self.end_id)
 
-    def _render(self, messages, generation):
-        options = {"enable_thinking": False, "chat_template": self._chat, "tokenize": False}
+    def _render(self, messages, generation, thinking=False):
+        options = {"enable_thinking": thinking, "chat_template": self._chat, "tokenize": False}
         try:
             return self.tokenizer.apply_chat_template(messages, add_generation_prompt=generation, **options)
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
             roles = ", ".join(message["role"] for message in messages)
-            raise PreferenceError(f"the chat template refuses turns of roles {roles}: {error}.") from error
+            raise Unusable("template", f"the chat template refuses turns of roles {roles}: {error}") from error
 
-    def _prompt_text(self, prompt):
+    def _prompt_text(self, prompt, thinking=False):
         if self.template == "plain":
             return "".join(message["content"] + "\n\n" for message in turns(prompt))
-        return self._render(turns(prompt), True) + self._lead
+        lead = re.split(f"{THINK}|{THOUGHT}", self._lead)[0] if thinking else self._lead
+        return self._render(turns(prompt), True, thinking) + (lead if lead.strip() else "")
 
-    def _whole_text(self, prompt, opened, response):
+    def _whole_text(self, prompt, opened, response, thinking):
         """The conversation up to its end of turn, "" if its prompt is rendered differently; a plain response alone."""
         if self.template == "plain":
             return response
-        full = self._render([*turns(prompt), {"role": "assistant", "content": response}], False)
-        shown = opened.removesuffix(self._unrendered)
-        same = full.startswith(shown) and full.endswith(self._after)
-        return opened + full[len(shown) : len(full) - len(self._after)] + self._end_text if same else ""
+        full = self._render([*turns(prompt), {"role": "assistant", "content": response}], False, thinking)
+        shown = opened if thinking else opened.removesuffix(self._unrendered)
+        if full.startswith(shown) and full.endswith(self._after):
+            answer = full[len(shown) : len(full) - len(self._after)]
+        elif thinking:  # the template leaves traces out of what it renders; generation does not
+            answer = response
+            if opened.rstrip().endswith(THINK):
+                answer = re.sub(rf"^\s*{THINK}", "", answer) if THOUGHT in answer else f"{THOUGHT}\n\n{answer}"
+        else:
+            return ""
+        if opened.endswith(f"{THINK}\n"):  # a line break more would merge with the prompt's
+            answer = answer.lstrip("\n")
+        return opened + answer + self._end_text
 
     def _tokenize(self, texts):
-        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        texts, options = list(texts), {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
         batches = (self.tokenizer(texts[i : i + CHUNK], **options)["input_ids"] for i in range(0, len(texts), CHUNK))
         return [[self._integers[token] for token in row] for batch in batches for row in batch]
 
-    def _encode(self, prompts, responses):
-        """(prompt ids, response ids) of each conversation, or the Unusable that says why not."""
-        asked = list(zip(prompts, responses, strict=True))
-        opened = {prompt: self._prompt_text(prompt) for prompt in dict.fromkeys(prompts)}
-        heads = dict(zip(opened, self._tokenize(list(opened.values())), strict=True))
-        whole = self._tokenize([self._whole_text(prompt, opened[prompt], response) for prompt, response in asked])
-        return [self._cut(*texts, heads[texts[0]], ids) for texts, ids in zip(asked, whole, strict=True)]
+    def _encode(self, prompts, responses, thinking=None):
+        """(prompt ids, response ids) of each conversation, or the Unusable that says why not. thinking : of each, by
+        default whether its response holds a trace."""
+        thinking = [THOUGHT in text for text in responses] if thinking is None else thinking
+        asked = list(zip(prompts, responses, thinking, strict=True))
+        heads = {key: _unless(self._prompt_text, *key) for key in dict.fromkeys(zip(prompts, thinking, strict=True))}
+        texts = [_unless(self._whole_text, p, heads[p, t], r, t) for p, r, t in asked]
+        heads = dict(zip(heads, self._tokenize(map(_text, heads.values())), strict=True))
+        whole = self._tokenize(map(_text, texts))
+        return [
+            text if isinstance(text, Unusable) else self._cut(p, r, heads[p, t], ids)
+            for (p, r, t), text, ids in zip(asked, texts, whole, strict=True)
+        ]
 
     def _cut(self, prompt, response, head, whole):
         if found := self._special.search(f"{prompt}\n{response}"):
@@ -195,12 +219,15 @@ class Formatter:
         """``Encoded`` of many pairs (prompt, chosen, rejected; what is one already, as it is).
 
         Left out and counted are pairs of which either side is over ``max_length``, those with special tokens in a text,
-        and those whose prompt and response would merge into one token. Raises PreferenceError if none is left."""
+        those whose turns the template refuses, and those whose prompt and response would merge into one token. Both
+        answers follow the same prompt: if either holds a reasoning trace, thinking is on for both. Raises
+        PreferenceError if none is left."""
         if isinstance(pairs, Encoded):
             return pairs
         require_columns(pairs, "prompt", "chosen", "rejected")
         prompts, chosen, rejected = (pairs[name].tolist() for name in ("prompt", "chosen", "rejected"))
-        both = self._encode(prompts * 2, chosen + rejected)
+        thinking = [THOUGHT in one + other for one, other in zip(chosen, rejected, strict=True)]
+        both = self._encode(prompts * 2, chosen + rejected, thinking * 2)
         sides = list(zip(both[: len(pairs)], both[len(pairs) :], strict=True))
         problems = [next((side for side in row if isinstance(side, Unusable)), None) for row in sides]
         # prompt, chosen and rejected ids of the rows that could be formatted
@@ -210,6 +237,8 @@ class Formatter:
         kept = np.array([bad is None for bad in problems], bool)
         kinds = Counter(bad.kind for bad in problems if bad)
         report = {"pairs": len(rows), "kept": int(kept.sum())} | {kind: kinds[kind] for kind in DROPPED}
+        if any(thinking):
+            report["thinking"] = sum(thinking)
         if lengths:
             report |= {"median_tokens": int(np.median(lengths)), "longest_tokens": max(lengths)}
         if not kept.any():
@@ -247,6 +276,18 @@ class Formatter:
             past = ("truncation", "padding")  # left over from the last call; they do not change our ids
             content["backend"] = {k: v for k, v in json.loads(backend.to_str()).items() if k not in past}
         return digest(json.dumps(content, sort_keys=True))
+
+
+def _unless(make, prompt, *rest):
+    """What ``make`` makes of a conversation, or the Unusable that it raises or that an earlier step left."""
+    try:
+        return next((x for x in rest if isinstance(x, Unusable)), None) or make(prompt, *rest)
+    except Unusable as refused:
+        return refused
+
+
+def _text(found):
+    return found if isinstance(found, str) else ""
 
 
 def _usable(result):
