@@ -14,6 +14,7 @@ import torch
 from pydantic import BeforeValidator, WrapValidator, model_validator
 
 from alignlens import models, preferences, study
+from alignlens.audit import conditions
 from alignlens.core import settings
 from alignlens.core.errors import AuditError
 from alignlens.core.settings import Count, Parameters, Whole, Yes
@@ -62,6 +63,7 @@ class Request(Parameters):
     seed: Whole = 0
     date: Word | None = None
     out: Word = "audit"
+    fail_if: Annotated[dict | None, BeforeValidator(conditions.parse)] = None
 
     @model_validator(mode="before")
     @classmethod
