@@ -441,6 +441,17 @@ def test_a_run_fails_by_what_was_measured():
         audit.check(missing, {"kl above": 2, "displacement": True})
 
 
+def test_the_notebook_ends_with_the_conditions_after_the_report_is_written():
+    """So the command's exit status tells of them."""
+    cells = [
+        c for c in json.loads((ROOT / "notebooks" / "audit.ipynb").read_text())["cells"] if c["cell_type"] == "code"
+    ]
+    assert any("audit.write(" in "".join(cell["source"]) for cell in cells[:-1])
+    names = {"audit": audit, "result": made(), "request": audit.request(fail_if="displacement")}
+    with pytest.raises(AlignlensError, match="fail_if: displacement holds"):
+        exec("".join(cells[-1]["source"]), names)
+
+
 # --- flipped pairs ----------------------------------------------------------------------------------------------------
 
 
