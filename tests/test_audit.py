@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -21,9 +22,9 @@ from transformers import (
     SmolLM3Config,
 )
 
-from alignlens import audit, behavior, models
-from alignlens.audit import features
-from alignlens.audit.numbers import beyond, detectable, mean, number, preserved
+from alignlens import audit, behavior, dictionaries, models
+from alignlens.audit import behaviour, features, signal
+from alignlens.audit.numbers import as_good, beyond, detectable, mean, number, preserved
 from alignlens.core.errors import AlignlensError
 from alignlens.preferences import Formatter, tinyworld
 
@@ -300,6 +301,137 @@ def test_warnings_say_what_is_wrong_with_the_data(base, aligned, tmp_path):
 
 def test_identical_weights_are_warned_of(nothing):
     assert "identical" in warned(nothing)
+
+
+# --- what an engineer can act on --------------------------------------------------------------------------------------
+
+
+def test_what_is_written_has_the_form_that_the_schema_describes(result, nothing, tmp_path):
+    """`read` refuses anything else."""
+    for name, one in (("moved", result), ("same", nothing)):
+        assert audit.read(audit.write(one, tmp_path / name)[1])["schema"] == audit.SCHEMA
+    assert nothing["latents"]["planted"]["planted"] >= 8
+
+
+def moved_only(base: Path, folder: Path, *, tied: bool, change) -> list[Path]:
+    """A base, tied or not, and a copy in which a part was changed."""
+    torch.manual_seed(3)
+    with models.quietly():
+        model = AutoModelForCausalLM.from_pretrained(base)
+        if tied:
+            model.config.tie_word_embeddings, model.lm_head.weight = True, model.model.embed_tokens.weight
+        for name in ("before", "after"):
+            model.save_pretrained(folder / name)
+            AutoTokenizer.from_pretrained(base).save_pretrained(folder / name)
+            with torch.no_grad():
+                change(model).add_(0.1 * torch.randn_like(change(model)))
+    return [folder / "before", folder / "after"]
+
+
+@pytest.mark.parametrize(
+    ("tied", "change", "part"),
+    [
+        (False, lambda m: m.lm_head.weight, "head"),
+        (False, lambda m: m.model.embed_tokens.weight, "embedding"),
+        (True, lambda m: m.model.embed_tokens.weight, "embedding and head (tied)"),
+        (True, lambda m: m.model.norm.weight, "final norm"),
+    ],
+)
+def test_parts_in_no_block_have_their_rows(base, pairs, tmp_path, tied, change, part):
+    found = ask(*moved_only(base, tmp_path, tied=tied, change=change), pairs=pairs).section("weights")
+    moved = {row["part"]: row["share"]["value"] for row in found["parts"]}
+    assert set(moved) == ({"embedding and head (tied)", "final norm"} if tied else {"embedding", "head", "final norm"})
+    assert [name for name, share in moved.items() if share > 0] == [part]
+    assert not any(row["share"]["value"] for row in found["layers"])
+
+
+def test_a_model_of_which_only_the_head_changed_is_told_so(base, pairs, tmp_path):
+    result = ask(*moved_only(base, tmp_path, tied=False, change=lambda m: m.lm_head.weight), pairs=pairs).result()
+    where = audit.verdict(result)[1]["text"]
+    assert where.startswith("Only the weights of head changed.")
+    assert result["causal"]["patching"]["reason"] or "the rest comes about behind it, in the head" in where
+
+
+def test_flipped_pairs_hold_the_change_of_every_token(base, pairs, tmp_path):
+    """The shown tokens' changes add up to the change of the whole answer; both ways are counted."""
+    found = ask(base, moved(base, tmp_path, size=4.0), pairs=pairs)
+    flipped = found.section("behaviour")["flipped"]
+    assert sum(way["of"] for way in flipped.values()) == len(found.pairs)
+    shown = [(sign, pair) for sign, way in ((1, "lost"), (-1, "won")) for pair in flipped[way]["shown"]]
+    assert shown
+    for sign, pair in shown:
+        assert sign * pair["base"] > 0 > sign * pair["aligned"]
+        assert pair["aligned"] - pair["base"] == pytest.approx(
+            pair["chosen"]["change"] - pair["rejected"]["change"], abs=1e-3
+        )
+        for side in ("chosen", "rejected"):
+            tokens = pair[side]["tokens"]
+            assert pair[side]["left_out"] or sum(c for _, c in tokens) == pytest.approx(pair[side]["change"], abs=0.05)
+            assert "\ufffd" not in "".join(text for text, _ in tokens)
+
+
+def test_a_letter_of_several_tokens_is_shown_whole(base):
+    """Byte-level tokens that each hold a part of a letter are joined, with the sum of their changes."""
+    side = SimpleNamespace(model=AutoModelForCausalLM.from_pretrained(base))
+    words = AutoTokenizer.from_pretrained(base)
+    given = words("ab 漢 c", add_special_tokens=False).input_ids
+    owner = SimpleNamespace(base=side, aligned=side, format=SimpleNamespace(tokenizer=words))
+    found = behaviour._answer(owner, given[:2], given)
+    assert "".join(text for text, _ in found["tokens"]) == "ab 漢 c" and len(found["tokens"]) < len(given)
+    assert found["change"] == 0 and found["left_out"] == 0
+    assert behaviour._answer(owner, given[:2], given * 30)["left_out"] == 30 * len(given) - 120
+
+
+def test_layers_that_differ_by_chance_cannot_be_told_apart():
+    """Equal ones all remain in 95 of 100 sets or more; one that lies clearly above is alone."""
+    rng, kept = np.random.default_rng(0), 0
+    for _ in range(100):
+        scores = rng.normal(size=(6, 80))
+        weights = rng.multinomial(80, np.full(80, 1 / 80), size=300) / 80
+        draws = np.column_stack([scores.mean(1), scores @ weights.T])
+        kept += as_good(draws) == list(range(6))
+    assert kept >= 90
+    shared = rng.normal(size=80)  # what layers share does not count: the difference is paired
+    scores = shared + 0.1 * rng.normal(size=(6, 80)) + 0.2 * (np.arange(6) == 4)[:, None]
+    assert as_good(np.column_stack([scores.mean(1), scores @ weights.T])) == [4]
+
+
+def test_a_mean_over_layers_has_the_interval_of_joint_draws(result):
+    change = result["change"]
+    for name, mean_ in change["means"].items():
+        assert mean_["value"] == pytest.approx(np.mean([row[name]["value"] for row in change["layers"]]), abs=1e-5)
+        assert mean_["low"] <= mean_["value"] <= mean_["high"]
+    rng = np.random.default_rng(1)
+    one = rng.normal(0.7, 0.05, size=501)
+    parts = {"kept": 0.6, "rotated": 0.4, "attenuated": 0.0, "created": 0.0}
+    draws = {name: np.stack([one * part] * 2) for name, part in parts.items()}
+    rows = [{"layer": layer, "verdict": "rotated"} for layer in (3, 5)]
+    found = signal._shares(draws, rows)["rotated"]
+    assert found["layers"] == [3, 5]
+    assert [found["share"][end] for end in ("value", "low", "high")] == pytest.approx([0.4] * 3)  # a ratio of draws
+
+
+@pytest.mark.parametrize(("label", "own", "recall", "wrong"), [
+    ("shared_rotated", True, 1.0, 0.0), ("shared_same", True, 0.0, None), ("shared_rotated", False, 0.0, 1.0),
+])  # fmt: skip
+def test_planted_features_tell_what_rotated_is_worth(label, own, recall, wrong):
+    """A crosscoder that finds exactly what was planted, one that calls it otherwise, one that finds other things."""
+    table = pd.DataFrame({"label": ["shared_same"] * 10, "density": 0.1})
+
+    def crosscoder(x, y):
+        streams = np.hstack([dictionaries.unit(x), dictionaries.unit(y)])
+        alone, count = np.unique(streams[np.abs(x).sum(1) > 0].round(4), axis=0, return_counts=True)
+        alone = alone[count >= 10]  # tokens at which one feature fires
+        assert len(alone) == 8
+        degrees = np.degrees(np.arccos((alone[:, :12] * alone[:, 12:]).sum(1)))
+        assert (degrees > 29).all() and (degrees < 61).all()
+        rows = dict(zip(("base", "aligned"), np.split(alone if own else alone[:, ::-1], 2, axis=1), strict=True))
+        return SimpleNamespace(rows=rows, table=pd.DataFrame({"label": [label] * 8, "degrees": degrees, "ratio": 1.0}))
+
+    null = SimpleNamespace(table=table, strength=np.ones(10))
+    found = features._planted(np.zeros((600, 12), np.float32), null, crosscoder, 0)
+    assert found["planted"] == 8 and found["recall"]["value"] == recall
+    assert found["false_discovery"]["value"] == wrong and found["labelled"] == (label == "shared_rotated") * 8
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

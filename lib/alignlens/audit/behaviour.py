@@ -1,27 +1,40 @@
 """What the aligned model does differently, and how far its weights moved."""
 
+import re
 from functools import partial
 
 import numpy as np
+import torch
 
 from alignlens import behavior, models
 from alignlens.audit.numbers import exact, mean, rounded
 from alignlens.audit.requests import TOYS
 from alignlens.preferences import tinyworld
 
+SHOWN_PAIRS, SHOWN_TOKENS = 3, 120  # pairs whose preference flipped, of each way; tokens of an answer
+SHOWN_LETTERS = 400  # of a prompt, its last
+
 
 def weights(audit) -> dict:
-    """How far each block's weights moved, as a share of their norm."""
-    depth, theirs = audit.base.facts["layers"], audit.aligned.model.state_dict()
-    moved, size = np.zeros((2, depth + 1))  # squares; the last place is for what is in no block
-    for name, weight in audit.base.model.state_dict().items():
-        if weight.is_floating_point():
-            block = next((int(part) for part in name.split(".") if part.isdigit()), -1)
-            moved[block] += float((theirs[name].float() - weight.float()).square().sum())
-            size[block] += float(weight.float().square().sum())
-    share = np.sqrt(moved / size.clip(1e-30))
-    blocks = [{"layer": b, "share": exact(share[b], "share of the norm")} for b in range(depth)]
-    return {"share": exact(np.sqrt(moved.sum() / size.sum()), "share of the norm"), "layers": blocks}
+    """How far the weights of each block, and of the parts in no block, moved, as a share of their norm."""
+    both, sums = [side.model for side in (audit.base, audit.aligned)], {}
+    named = {"embedding": both[0].get_input_embeddings(), "head": both[0].get_output_embeddings()}
+    tied = all(m.get_output_embeddings().weight is m.get_input_embeddings().weight for m in both)
+    theirs = both[1].state_dict()
+    for name, weight in both[0].state_dict().items():
+        module = both[0].get_submodule(name.rpartition(".")[0])
+        rest = "final norm" if re.search(r"(norm|ln\w*)\.\w+$", name) else "other"
+        part = next((int(word) for word in name.split(".") if word.isdigit()), rest)
+        part = next((known for known, found in named.items() if module is found), part)
+        if weight.is_floating_point() and not (tied and part == "head"):
+            moved = (theirs[name].float() - weight.float()).square().sum(), weight.float().square().sum()
+            sums[part] = sums.get(part, 0) + np.array([float(square) for square in moved])
+    whole, unit = sum(sums.values()), "share of the norm"
+    share = {part: exact(np.sqrt(moved / max(size, 1e-30)), unit) for part, (moved, size) in sums.items()}
+    blocks = [{"layer": part, "share": share.pop(part)} for part in sorted(p for p in sums if isinstance(p, int))]
+    names = {"embedding": "embedding and head (tied)" if tied else "embedding"}
+    parts = [{"part": names.get(part, part), "share": found} for part, found in share.items()]
+    return {"share": exact(np.sqrt(whole[0] / whole[1]), unit), "layers": blocks, "parts": parts}
 
 
 def behaviour(audit) -> dict:
@@ -60,6 +73,7 @@ def behaviour(audit) -> dict:
         "cut": {"base": rounded(1 - base.ended.mean()), "aligned": rounded(1 - aligned.ended.mean())},
         "shifts": {"chosen": _histogram(chosen), "rejected": _histogram(rejected)},
         "margin_quantiles": [rounded(q) for q in np.percentile(margin, (5, 25, 50, 75, 95))],
+        "flipped": _flipped(audit, base, aligned, rounding),
     }  # fmt: skip
 
 
@@ -72,3 +86,42 @@ def _histogram(values) -> dict:
     low, high = np.percentile(values, (0.5, 99.5))
     counts, edges = np.histogram(values.clip(low, high), 40, (low, high) if high > low else (low - 0.5, low + 0.5))
     return {"low": rounded(edges[0]), "high": rounded(edges[-1]), "counts": counts.tolist()}
+
+
+def _flipped(audit, base, aligned, rounding: float) -> dict[str, dict]:
+    """Pairs by way: "lost", where the base gives the chosen answer the higher log-probability and the aligned model the
+    rejected one, and "won", the reverse. Of each way: pairs, how many flipped; of, how many could; shown, those whose
+    margin changed most. rounding : nats below which a margin's change is none."""
+    before, after = (table.chosen_logprob - table.rejected_logprob for table in (base, aligned))
+    change, out = after - before, {}
+    for way, sign in (("lost", 1), ("won", -1)):
+        rows = np.flatnonzero((sign * before > 0) & (sign * after < 0) & (abs(change) > rounding))
+        most = rows[np.argsort(-np.abs(change.to_numpy()[rows]), kind="stable")][:SHOWN_PAIRS]
+        shown = [_pair(audit, i) | {"base": rounded(before[i]), "aligned": rounded(after[i])} for i in most]
+        out[way] = {"pairs": len(rows), "of": int((sign * before > 0).sum()), "shown": shown}
+    return out
+
+
+def _pair(audit, i: int) -> dict:
+    """A prompt and its two answers."""
+    prompt, encoded = audit.encoded.prompts[i].strip(), audit.encoded
+    shown = prompt if len(prompt) <= SHOWN_LETTERS else f"… {prompt[-SHOWN_LETTERS:]}"
+    sides = {"chosen": encoded.chosen_ids[i], "rejected": encoded.rejected_ids[i]}
+    return {"prompt": shown} | {side: _answer(audit, encoded.prompt_ids[i], ids) for side, ids in sides.items()}
+
+
+@torch.inference_mode()
+def _answer(audit, prompt: list[int], answer: list[int]) -> dict:
+    """An answer's shown tokens as [text, change of log-probability]; change of the whole; how many tokens are left."""
+    ids, found = torch.tensor([prompt + answer], device=audit.base.model.device), []
+    for side in (audit.aligned, audit.base):
+        logits = side.model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+        found.append(models.token_logprobs(logits, ids[0, len(prompt) :]).double().cpu().numpy())
+    change, tokens, text, carried = found[0] - found[1], [], "", 0.0
+    for end in range(1, min(len(answer), SHOWN_TOKENS) + 1):
+        whole = audit.format.tokenizer.decode(answer[:end], clean_up_tokenization_spaces=False)
+        carried += change[end - 1]
+        if not whole.endswith("\ufffd"):  # else a letter is cut: its bytes go together
+            tokens.append([whole[len(text) :], round(carried, 3)])
+            text, carried = whole, 0.0
+    return {"tokens": tokens, "change": rounded(change.sum()), "left_out": max(0, len(answer) - SHOWN_TOKENS)}

@@ -6,17 +6,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
 
-from alignlens import activations, dictionaries
+from alignlens import activations, calibration, dictionaries
 from alignlens.audit.causes import halves
-from alignlens.audit.numbers import changed, mean, number, rounded
+from alignlens.audit.numbers import changed, mean, number, rounded, wilson
 from alignlens.core.errors import NotMeasured
-from alignlens.dictionaries import latents
+from alignlens.dictionaries import STREAMS, latents, unit
 
 LEAST_TOKENS = 4000  # response tokens of the training half, below which no crosscoder is trained
 READABLE = 0.5  # held-out R2 below which a crosscoder's labels are not shown
 TOP_LATENTS = 8
+PLANTED = 0.125  # of the live latents, as many rotated features are planted (8 at least)
 
 
 def features(audit) -> dict:
@@ -35,13 +35,13 @@ def features(audit) -> dict:
     batch = int(min(512, size // 8))
     epochs = float(np.clip(300 * batch / size, 3, 30))
     config = dictionaries.Config(width=width, k=min(12, width // 8), epochs=epochs, batch_size=batch, seed=seed)
-    crosscoder = partial(_crosscoder, base, train=train, test=test, config=config, device=audit.device)
-    found, null = crosscoder(aligned), crosscoder(base)
+    crosscoder = partial(_crosscoder, train=train, test=test, config=config, device=audit.device)
+    found, null = crosscoder(base, aligned), crosscoder(base, base)
     r2 = {name: rounded(found.quality[f"r2_{name}"]) for name in read}
     if (worst := min(r2.values())) < READABLE:
         seen = f"The crosscoder explains {worst:.2f} of the variance of held-out tokens, under {READABLE}"
         raise NotMeasured(f"{seen}: with {size:,} training tokens its latents are not read.")
-    shuffled = None if audit.identical else crosscoder(audit.shuffled)
+    shuffled = None if audit.identical else crosscoder(base, audit.shuffled)
     # A latent counts as changed if none changed as much where nothing or nothing meant happened.
     floor = max(float(part.change.max()) for part in (null, shuffled) if part is not None)
     return {
@@ -49,13 +49,15 @@ def features(audit) -> dict:
         "held_out": int(test.sum()), "masked": int((~keep).sum()), "r2": r2,
         "live": int((found.table.label != "dead").sum()), "labels": _shares(found.table, null.table),
         "shuffled": {} if shuffled is None else _shares(shuffled.table),
+        "planted": _planted(base, null, crosscoder, seed),
         "change_floor": rounded(floor), "top": _top(audit, found, np.flatnonzero(test), floor),
     }  # fmt: skip
 
 
 def _crosscoder(base, aligned, *, train, test, config, device: str) -> SimpleNamespace:
     """A crosscoder of two models' streams on held-out tokens: table, codes, quality, and change [latents], by how much
-    a latent's own writing differs between the models on an average token, as a share of the stream's spread."""
+    a latent's own writing differs between the models on an average token, as a share of the stream's spread; strength
+    [latents], the norm of what it writes into the base where it fires."""
     fitted = dictionaries.train({"base": base[train], "aligned": aligned[train]}, config, device=device)
     held_out = {"base": base[test], "aligned": aligned[test]}
     table, codes, rows = dictionaries.classify(fitted, held_out), fitted.codes(held_out).tocsc(), fitted.rows()
@@ -63,20 +65,48 @@ def _crosscoder(base, aligned, *, train, test, config, device: str) -> SimpleNam
     spread = np.linalg.norm(held_out["base"].std(0))
     change = energy * np.linalg.norm(rows["aligned"] - rows["base"], axis=1) / spread
     change[table.label == "dead"] = 0.0
-    return SimpleNamespace(table=table, codes=codes, change=change, quality=dictionaries.evaluate(fitted, held_out))
+    level = np.asarray(codes.sum(0)).ravel() / np.maximum(np.diff(codes.indptr), 1)
+    found = {
+        "strength": level * np.linalg.norm(rows["base"], axis=1),
+        "quality": dictionaries.evaluate(fitted, held_out),
+    }
+    return SimpleNamespace(table=table, codes=codes, rows=rows, change=change, **found)
+
+
+def _planted(base: np.ndarray, null, crosscoder, seed: int) -> dict:
+    """Recall and false discovery of "rotated" at the audit's own width, sparsity and tokens.
+
+    Both streams are the base's [tokens, d_model]. A planted feature fires at random tokens, as often and as strongly as
+    a latent of the base with itself; it writes along a random direction in one stream, and one turned by 30 to 60
+    degrees in the other. Nothing else differs, so whatever else is called rotated is not. null : the crosscoder of the
+    base with itself; crosscoder : (base, aligned) -> another, trained and read in the same way."""
+    rng, live = np.random.default_rng([seed, 11]), np.flatnonzero(null.table.label != "dead")
+    like = rng.permutation(live)[: max(8, round(PLANTED * len(live)))]
+    fires = rng.random((len(base), len(like)), np.float32) < null.table.density.to_numpy()[like]
+    codes = fires * (0.5 + rng.random(fires.shape, np.float32)) * null.strength[like].astype(np.float32)
+    own, across = unit(rng.standard_normal((2, len(like), base.shape[1])))
+    across = unit(across - (across * own).sum(1, keepdims=True) * own)
+    degrees = rng.uniform(30, 60, len(like))  # as in `calibration`
+    turn = np.radians(degrees)[:, None]
+    rows = dict(zip(STREAMS, (own, np.cos(turn) * own + np.sin(turn) * across), strict=True))
+    found = crosscoder(*(base + codes @ row.astype(np.float32) for row in rows.values()))
+    planted = SimpleNamespace(rows=rows, kind=np.full(len(like), "shared_rotated"), degrees=degrees)
+    with np.errstate(invalid="ignore", divide="ignore"):  # of the other kinds nothing is planted
+        row = calibration.score(planted, found.rows, found.table).set_index("kind").loc["shared_rotated"]
+    right, labelled = round(row.recall * row.planted), int(row.labelled)
+    return {
+        "planted": len(like), "recall": wilson(right, len(like), unit="share of planted features"),
+        "labelled": labelled,
+        "false_discovery": wilson(labelled - right, labelled, unit="share of latents called rotated"),
+    }  # fmt: skip
 
 
 def _shares(table: pd.DataFrame, null: pd.DataFrame | None = None) -> dict[str, dict]:
     """Shares of live latents by label with Wilson's interval; the floor is the upper end of the null's interval."""
-    names = dictionaries.LABELS[1:]
-    floors = {name: 0.0 if null is None else _wilson(null.label, name)[2] for name in names}
-    return {n: number(*_wilson(table.label, n), floor=floors[n], unit="share of live latents") for n in names}
-
-
-def _wilson(labels: pd.Series, name: str) -> tuple[float, float, float]:
-    live = labels[labels != "dead"]
-    count, total = int((live == name).sum()), max(len(live), 1)
-    return count / total, *binomtest(count, total).proportion_ci(method="wilson")
+    floors = {} if null is None else {name: share["high"] for name, share in _shares(null).items()}
+    live, words = table.label[table.label != "dead"], {"unit": "share of live latents"}
+    counts = {name: int((live == name).sum()) for name in dictionaries.LABELS[1:]}
+    return {n: wilson(counts[n], max(len(live), 1), floor=floors.get(n, 0.0), **words) for n in counts}
 
 
 def _top(audit, found, index: np.ndarray, floor: float) -> list[dict]:

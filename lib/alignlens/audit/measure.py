@@ -15,7 +15,7 @@ from alignlens.audit.numbers import EQUIVALENCE, detectable, rounded
 from alignlens.core.errors import AuditError, DictionaryError, NotMeasured, ProbeError
 from alignlens.core.store import content_hash, git_commit, versions
 
-SCHEMA = "alignlens.audit/1"
+SCHEMA = "alignlens.audit/2"
 SECTIONS = {
     "weights": behaviour.weights, "behaviour": behaviour.behaviour, "signal": signal.signal, "change": signal.change,
     "latents": features.features, "causal": causes.causes,
@@ -134,9 +134,11 @@ class Audit:
         return {name: activations.read(b, None, self.encoded, **options) for name, b in self.bridges.items()}
 
     @cached_property
-    def decomposed(self) -> pd.DataFrame:
+    def decomposed(self) -> tuple[pd.DataFrame, dict]:
+        """What probes read in both models, one row a layer, and the draws behind its intervals."""
         options = self.sampling | {"bootstrap": self.request.bootstrap}
-        return geometry.decompose(*self.streams.values(), self.encoded.prompt_id, **options).assign(layer=self.layers)
+        table, draws = geometry.decompose_draws(*self.streams.values(), self.encoded.prompt_id, **options)
+        return table.assign(layer=self.layers), draws
 
     @cached_property
     def tokens(self) -> dict:

@@ -3,9 +3,9 @@
 import math
 
 import numpy as np
-from scipy.stats import norm
+from scipy.stats import binomtest, norm
 
-from alignlens.core.statistics import by_group, interval, resample
+from alignlens.core.statistics import by_group, interval, resample, with_intervals
 
 EQUIVALENCE = 0.02  # AUROC: a change is called preserved only if its whole interval lies within
 DRAWS = 2000  # of prompts
@@ -51,6 +51,27 @@ def mean(values, prompt_id, *, null=0.0, floor=None, unit="", seed=0) -> dict:
         signs = rng.choice((-1.0, 1.0), size=(DRAWS, len(sums)))
         floor = np.percentile(np.abs(signs @ (sums - null * counts)) / counts.sum(), 95)
     return number(sums.sum() / counts.sum(), low, high, null=null, floor=floor, unit=unit)
+
+
+def drawn(values: np.ndarray, **words) -> dict:
+    """The number of a sample's value and its draws [1 + draws]."""
+    return of_row(with_intervals({"x": values}), "x", **words)
+
+
+def as_good(draws: np.ndarray) -> list[int]:
+    """Which items may be the largest of all, from values and joint draws [items, 1 + draws]: those that none exceeds by
+    more than 95 % of draws let any two differ by chance (max-t over all pairs)."""
+    centred, ahead = draws[:, 1:] - draws[:, 1:].mean(1, keepdims=True), draws[:, :1] - draws[:, 0]
+    apart = centred[:, None] - centred
+    error = apart.std(2) + 1e-12
+    reach = np.percentile(np.abs(apart / error[..., None]).max((0, 1)), 95)
+    return np.flatnonzero((ahead / error <= reach).all(0)).tolist()
+
+
+def wilson(count: int, total: int, **words) -> dict:
+    """A share with Wilson's interval; of nothing, unknown."""
+    ends = binomtest(count, total).proportion_ci(method="wilson") if total else (math.nan, math.nan)
+    return number(count / total if total else math.nan, *ends, **{"floor": 0.0} | words)
 
 
 def beyond(x: dict) -> bool:

@@ -6,9 +6,11 @@ import os
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
 
-from alignlens.audit import features, numbers, pictures, verdicts
-from alignlens.audit.measure import SCHEMA, SECTIONS
+from alignlens.audit import conditions, features, numbers, pictures, verdicts
+from alignlens.audit.measure import SCHEMA
 from alignlens.core.errors import AuditError
 from alignlens.core.files import replacing_folder
 from alignlens.core.store import write_json
@@ -19,23 +21,24 @@ _PAGES.loader = PackageLoader("alignlens", "audit")
 _PAGES.tests["beyond"] = numbers.beyond
 _PAGES.filters |= {f.__name__: f for f in (numbers.digits, numbers.percent, numbers.shown)}
 _PAGES.globals |= {"draw": pictures, "rules": verdicts, "number": numbers, "features": features, "CUTS": CUTS}
+_SCHEMA = Draft202012Validator(json.loads(Path(__file__).with_name("audit.schema.json").read_text(encoding="utf-8")))
 
 
 def render(result: dict) -> str:
     """The audit as one HTML page without scripts and without anything from elsewhere."""
-    return _PAGES.get_template("page.html.jinja").render(result=result, verdict=verdicts.verdict(result))
+    return _PAGES.get_template("page.html.jinja").render(result=result, verdict=conditions.verdict(result))
 
 
 def comparison(results: dict[str, dict]) -> str:
     """Several audits of one base side by side, as one HTML page."""
-    lines = list(zip(*map(verdicts.verdict, results.values()), strict=True))
+    lines = list(zip(*map(conditions.verdict, results.values()), strict=True))
     return _PAGES.get_template("comparison.html.jinja").render(results=results, verdicts=lines)
 
 
 def write(result: dict, folder: str | Path) -> list[Path]:
     """audit.json (the result and its verdict) and audit.html in a folder; paths of both. An old audit stays whole until
     the new one is."""
-    result = result | {"verdict": verdicts.verdict(result)}
+    result = result | {"verdict": conditions.verdict(result)}
     return save(folder, {"audit.html": render(result), "audit.json": result})
 
 
@@ -67,8 +70,9 @@ def read(path: str | Path) -> dict:
     found = result.get("schema") if isinstance(result, dict) else None
     if found != SCHEMA:
         raise AuditError(f"{file} has schema {found!r}, this version reads {SCHEMA!r}: make the audit again")
-    if missing := [name for name in ("models", "pairs", "format", "methods", *SECTIONS) if name not in result]:
-        raise AuditError(f"{file} has no {missing[0]!r}: it was cut or edited; make the audit again")
+    if problem := best_match(_SCHEMA.iter_errors(result)):
+        where = f"{problem.json_path}: {problem.message[:200]}"
+        raise AuditError(f"{file} is not what {SCHEMA} describes ({where}): it was cut or edited; make the audit again")
     return result
 
 
@@ -98,8 +102,8 @@ def gather(paths: list[Path]) -> dict[str, dict]:
         first = first or facts
         if differ := [what for what in facts if facts[what] != first[what]]:
             values = f"{differ[0]} ({facts[differ[0]]} and {first[differ[0]]})"
-            advice = "compare audits of one base on the same pairs"
-            raise AuditError(f"{path} and {paths[0]} differ in their {values}: {advice}")
+            conditions = "compare audits of one base on the same pairs"
+            raise AuditError(f"{path} and {paths[0]} differ in their {values}: {conditions}")
         name = result["models"]["aligned"]["name"]
         while name in results:
             name += "′"

@@ -5,12 +5,14 @@ from io import BytesIO
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
 from alignlens.audit.verdicts import LABELS
 from alignlens.core.style import DASHES, FATES, FLOOR, MARKERS, METHODS, SIDES
 
 BASE, ALIGNED, INK = METHODS["base"], METHODS["dpo"], "#333333"
+FULL = 2.0  # nats of change at which a token has the full colour: the same on every page
 HATCHES = {"kept": "", "rotated": "//", "attenuated": "xx", "created": ".."}
 _RC = {
     "svg.hashsalt": "alignlens", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10,
@@ -58,6 +60,12 @@ def _points(axis, y, numbers, color, marker, label=None) -> None:
     value, low, high = _ends(numbers)
     reach = np.clip([value - low, high - value], 0, None)
     axis.errorbar(value, y, xerr=reach, color=color, marker=marker, ms=6, ls="", lw=1.6, label=label)
+
+
+def shade(change: float) -> str:
+    """The colour behind a token whose log-probability changed (nats), as CSS: blue for more likely, orange for less."""
+    side = SIDES["chosen" if change > 0 else "rejected"]
+    return to_hex((*to_rgb(side), 0.6 * min(abs(change) / FULL, 1)), keep_alpha=True)
 
 
 def shifts(axis, behaviour: dict) -> None:

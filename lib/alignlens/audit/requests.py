@@ -9,6 +9,7 @@ import pandas as pd
 from pydantic import BeforeValidator, WrapValidator, model_validator
 
 from alignlens import preferences, study
+from alignlens.audit import conditions
 from alignlens.core import settings
 from alignlens.core.errors import AuditError
 from alignlens.core.settings import Count, Parameters, Whole, Yes
@@ -35,7 +36,7 @@ class Request(Parameters):
     limit : most pairs. sampled : most prompts that are answered. causal_pairs : by default 64, on a CPU fewer (16 at
     least) where answers are long, as causal tests pass over them about 100 times. on_bad : "refuse" or "drop" rows that
     cannot be used; by default drop in hub data. batch_size : by default about 8,192 tokens, at most 64. template :
-    "auto", "chat" or "plain". date : shown as given; none by default, so that bytes repeat."""
+    "auto", "chat" or "plain". fail_if : conditions that end the run as failed, see ``conditions``. date : as given; none by default, so that bytes repeat."""
 
     base: Word
     aligned: Word
@@ -57,6 +58,7 @@ class Request(Parameters):
     seed: Whole = 0
     date: Word | None = None
     out: Word = "audit"
+    fail_if: Annotated[dict | None, BeforeValidator(conditions.parse)] = None
 
     @model_validator(mode="before")
     @classmethod

@@ -3,7 +3,9 @@
 import numpy as np
 
 from alignlens import geometry, probes
-from alignlens.audit.numbers import changed, of_row
+from alignlens.audit.numbers import as_good, changed, drawn, of_row
+from alignlens.audit.verdicts import changed_layers
+from alignlens.core.style import FATES
 
 FOLDS = 5
 PARTS = dict.fromkeys(("kept", "rotated", "rotated_repaired", "attenuated", "created"), "AUROC above chance")
@@ -12,12 +14,16 @@ PARTS |= {"gap": "AUROC", "repair": "AUROC"}
 
 def signal(audit) -> dict:
     """Where chosen and rejected answers can be told apart, in base and aligned; baselines that need no depth."""
+    table, draws = audit.decomposed
     floors = {name: _floors(audit, read.chosen, read.rejected) for name, read in audit.streams.items()}
     rows = []
-    for place, (_, row) in enumerate(audit.decomposed.iterrows()):
+    for place, (_, row) in enumerate(table.iterrows()):
         own = {n: of_row(row, n, null=0.5, floor=floors[n][place], unit="AUROC") for n in floors}
         rows.append({"layer": row.layer} | own | {"difference": changed(row, "change", unit="AUROC")})
-    best = {name: max(rows, key=lambda row: row[name]["value"])["layer"] for name in floors}
+    best = {}
+    for name in floors:
+        equal = [audit.layers[place] for place in as_good(draws[name])]
+        best[name] = {"layer": audit.layers[int(draws[name][:, 0].argmax())], "as_good": equal}
     sides, baselines = (audit.encoded.chosen_ids, audit.encoded.rejected_ids), {}
     lengths = [np.array([len(ids) for ids in side], float) for side in sides]
     words = audit.sampling | {"bootstrap": audit.request.bootstrap}
@@ -38,8 +44,8 @@ def _floors(audit, chosen, rejected) -> list[float]:
 def change(audit) -> dict:
     """What kind of change each layer shows: signal kept, rotated, attenuated or created; and whole streams."""
     streams = geometry.compare_layers(*audit.streams.values(), audit.encoded.prompt_id, seed=audit.request.seed)
-    rows = []
-    for (_, row), (_, whole) in zip(audit.decomposed.iterrows(), streams.iterrows(), strict=True):
+    (table, draws), rows = audit.decomposed, []
+    for (_, row), (_, whole) in zip(table.iterrows(), streams.iterrows(), strict=True):
         found = {"layer": row.layer, "verdict": row.verdict}
         found |= {name: changed(row, name, unit=unit) for name, unit in PARTS.items()}
         found["rotation"] = changed(whole, "rotation_degrees", unit="degrees")
@@ -47,4 +53,18 @@ def change(audit) -> dict:
         found["cka"] = changed(whole, "cka", null=1.0, unit="similarity")
         floor = 1 - whole.mean_cosine_floor
         rows.append(found | {"direction": of_row(whole, "mean_cosine", null=1.0, floor=floor, unit="cosine")})
-    return {"layers": rows}
+    means = {name: drawn(draws[name].mean(0), floor=0.0, unit=PARTS[name]) for name in FATES}
+    return {"layers": rows, "means": means, "shares": _shares(draws, rows)}
+
+
+def _shares(draws: dict, rows: list[dict]) -> dict:
+    """Of each kind of change: at which layers, and what share of their preference signal it is, layers added up within
+    each draw of prompts."""
+    out = {}
+    for kind, layers in changed_layers({"change": {"layers": rows}}).items():
+        places = [place for place, row in enumerate(rows) if row["layer"] in layers]
+        whole = ("kept", "rotated", "created" if kind == "created" else "attenuated")
+        part, *parts = (draws[name][places].sum(0) for name in (kind, *whole))
+        share = drawn(part / np.maximum(sum(parts), 1e-12), floor=0.0, unit="share of the preference signal")
+        out |= {kind: {"layers": layers, "share": share}} if layers else {}
+    return out

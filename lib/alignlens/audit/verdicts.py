@@ -12,6 +12,7 @@ NOTHING = {  # the verdict on two models with the same weights
     "What kind of change": "None: nothing lies beyond noise.",
 }
 KINDS = {"rotated": "points in another direction", "attenuated": "is gone", "created": "is new"}
+BEHIND = ("final norm", "head", "embedding and head (tied)")  # what is behind the last block
 LABELS = {"shared_same": "same in both", "shared_rotated": "rotated", "shared_attenuated": "weaker or stronger"}
 LABELS |= {"base_only": "base only", "aligned_only": "aligned only"}
 BEHAVIOUR = {
@@ -73,50 +74,108 @@ def steering_changed(result: dict) -> bool:
     return any(one["low"] > other["high"] or other["low"] > one["high"] for one, other in pairs)
 
 
-def verdict(result: dict) -> list[dict]:
-    """Five lines, each a title and a text, by rule."""
+def texts(result: dict) -> dict[str, str]:
+    """Five lines by rule: title -> text."""
     lines = {"How far it moved": _how_far, "Where": _where, "What kind of change": _what_kind,
              "Within noise": _within_noise, "Not measured": _not_measured}  # fmt: skip
-    nothing = NOTHING if result["models"]["identical"] else {}
-    return [{"title": title, "text": nothing.get(title) or says(result)} for title, says in lines.items()]
+    same = NOTHING if result["models"]["identical"] and not answers_moved(result) else {}
+    return {title: same.get(title) or says(result) for title, says in lines.items()}
+
+
+def answers_moved(result: dict) -> bool:
+    """Whether the answers differ from the base's beyond noise."""
+    return measured(result, "behaviour") and beyond(result["behaviour"]["numbers"]["kl"])
+
+
+def favours(result: dict) -> str | None:
+    """Which answers the model favours against the base, "chosen" or "rejected"; None if neither beyond noise."""
+    share, margin = (result["behaviour"]["numbers"][n] for n in ("accuracy", "margin"))
+    return ("chosen" if margin["value"] > 0 else "rejected") if beyond(share) or beyond(margin) else None
+
+
+def displaced(result: dict) -> bool:
+    """Likelihood displacement: chosen answers are favoured, and became less likely all the same."""
+    shift = result["behaviour"]["numbers"]["chosen_shift"]
+    return favours(result) == "chosen" and shift["value"] < 0 and beyond(shift)
 
 
 def _how_far(result: dict) -> str:
     if not measured(result, "behaviour"):
         return "Not known: the models' answers could not be measured."
-    numbers = result["behaviour"]["numbers"]
+    numbers, differ = result["behaviour"]["numbers"], result["models"].get("config_differs")
+    text = "" if result["weights"]["share"]["value"] else "The weights are the same. "
+    text += f"The configurations differ ({listed(differ)}). " if differ else ""
     if not beyond(numbers["kl"]):
-        return "The weights differ, but the answers do not: the KL to the base is nothing beyond noise."
-    token, share, margin, shift = (numbers[n]["value"] for n in ("kl_token", "accuracy", "margin", "chosen_shift"))
+        return f"{text or 'The weights differ. '}The answers do not: the KL to the base is nothing beyond noise."
+    token, share, shift = (numbers[n]["value"] for n in ("kl_token", "accuracy", "chosen_shift"))
     far = next(words for limit, words in FAR if token < limit)
-    text = f"It moved {far}: {shown(numbers['kl'])} nats of KL an answer, {digits(token)} a token. "
-    if not beyond(numbers["accuracy"]) and not beyond(numbers["margin"]):
-        return text + "It favours neither chosen nor rejected answers more than the base did, beyond noise."
-    side, share = ("chosen", share) if margin > 0 else ("rejected", 1 - share)
-    text += f"Against the base it now favours the {side} answer in {percent(share)} of the held-out pairs."
-    if side == "chosen" and shift < 0 and beyond(numbers["chosen_shift"]):
+    text += f"It moved {far}: {shown(numbers['kl'])} nats of KL an answer, {digits(token)} a token. "
+    if side := favours(result):
+        share = percent(share if side == "chosen" else 1 - share)
+        text += f"Against the base it now favours the {side} answer in {share} of the held-out pairs."
+    else:
+        text += "It favours neither chosen nor rejected answers more than the base did, beyond noise."
+    if displaced(result):
         text += f" Even the chosen answers became less likely (by {digits(-shift)} nats): likelihood displacement."
+    if beyond(change := numbers["length_shift"]):
+        base, aligned = (digits(numbers[f"{model}_length"]["value"]) for model in ("base", "aligned"))
+        text += f" Its answers became {'longer' if change['value'] > 0 else 'shorter'}: {base} to {aligned} tokens."
     if "win_rate" in numbers and beyond(numbers["win_rate"]):
         text += f" Its sampled answers win {shown(numbers['win_rate'])} of comparisons with the base's."
     return text
 
 
+def moved_parts(result: dict) -> list[str]:
+    """Names of the blocks and parts whose weights changed; empty if all did."""
+    rows = [*result["weights"]["layers"], *result["weights"]["parts"]]
+    names = [row["part"] if "part" in row else f"block {row['layer']}" for row in rows if row["share"]["value"]]
+    return names if len(names) < len(rows) else []
+
+
+def halfway(result: dict) -> tuple[int | None, int | None]:
+    """The first block after which half of the change of margin may be there, and the first where it is for certain."""
+    rows = result["causal"].get("patching", {"layers": []})["layers"]
+    return tuple(next((r["layer"] for r in rows if (r["share"][end] or 0) >= 0.5), None) for end in ("high", "low"))
+
+
 def _where(result: dict) -> str:
-    parts, depth = [], result["models"]["base"]["layers"]
-    if measured(result, "causal"):
-        found, pairs = result["causal"]["patching"], result["causal"]["pairs"]
-        half = [row["layer"] for row in found["layers"] if (row["share"]["value"] or 0) >= 0.5]
-        text = "No measured block alone carries half of the change of margin."
-        if half:
-            text = f"Half of the change of margin is there after block {half[0]} of {depth} (0 to {depth - 1})."
-        nowhere = f"On the {pairs} pairs of the causal check the change of margin cannot be located."
-        parts.append(nowhere if found["reason"] else text)
-    if measured(result, "signal"):
-        best = result["signal"]["best"]["aligned"]
-        auroc = next(row["aligned"] for row in result["signal"]["layers"] if row["layer"] == best)
-        read = f"Preferences are read best after block {best} (AUROC {digits(auroc['value'])})."
-        parts.append(read if beyond(auroc) else "No probe reads preferences beyond noise at any layer.")
+    moved, last = moved_parts(result), result["models"]["base"]["layers"] - 1
+    parts = [f"Only the weights of {listed(moved)} changed."] if 0 < len(moved) <= 3 else []
+    parts += [
+        says(result, last) for says, name in ((_half, "causal"), (_best_read, "signal")) if measured(result, name)
+    ]
     return " ".join(parts) or "Not known: neither probes nor patching could be measured."
+
+
+def _half(result: dict, last: int) -> str:
+    """After which block half of the change of margin is there, if that can be told."""
+    found, (first, sure) = result["causal"]["patching"], halfway(result)
+    if found["reason"]:
+        return f"On the {result['causal']['pairs']} pairs of the causal check the change of margin cannot be located."
+    if first is None:
+        behind = [r["part"] for r in result["weights"]["parts"] if r["part"] in BEHIND and r["share"]["value"]]
+        place = found["layers"][-1]["layer"]
+        rest = f": the rest comes about behind it, in the {listed(behind)}" if behind and place == last else ""
+        return f"Less than half of the change of margin is there after block {place} (of 0 to {last}){rest}."
+    if first == sure:
+        return f"Half of the change of margin is there after block {first} (of 0 to {last})."
+    ends = f"between blocks {first} and {sure}" if sure is not None else f"after block {first} or later"
+    return f"Where half of the change of margin comes about cannot be placed: {ends} (of 0 to {last})."
+
+
+def _best_read(result: dict, last: int) -> str:
+    """After which block preferences are read best, if that can be told."""
+    best, rows = result["signal"]["best"]["aligned"], result["signal"]["layers"]
+    auroc = next(row["aligned"] for row in rows if row["layer"] == best["layer"])
+    if not beyond(auroc):
+        return "No probe reads preferences beyond noise at any layer."
+    if len(equal := best["as_good"]) == 1:
+        return f"Preferences are read best after block {equal[0]} (of 0 to {last}; AUROC {shown(auroc)})."
+    layers = [row["layer"] for row in rows if equal[0] <= row["layer"] <= equal[-1]]
+    which = f"{equal[0]} to {equal[-1]}" if layers == equal and len(equal) > 2 else listed(list(map(str, equal)))
+    which = f"block ({which})" if len(equal) > last else f"of blocks {which} (of 0 to {last})"
+    any_of = f"any {which} may be the best, with AUROC up to {shown(auroc)}"
+    return f"Where preferences are read best cannot be placed: {any_of}."
 
 
 def _what_kind(result: dict) -> str:
@@ -124,9 +183,9 @@ def _what_kind(result: dict) -> str:
     if measured(result, "change"):
         parts += [kinds_say(result), "" if changed["attenuated"] or changed["created"] else auroc_says(result)]
     if measured(result, "latents"):
-        found = labels_say(result)
+        found, labels = labels_say(result), changed_labels(result)
         seen = f"{listed(found)}, more than in the base with itself" if found else "nothing beyond noise"
-        parts.append(f"Crosscoder latents: {seen}.")
+        parts.append(f"Crosscoder latents: {seen}." + (f" {trust_says(result)}" if "shared_rotated" in labels else ""))
     return " ".join(filter(None, parts)) or "Not known: neither probes nor latents could be measured."
 
 
@@ -169,12 +228,19 @@ def auroc_says(result: dict) -> str:
 def kinds_say(result: dict) -> str:
     """What share of the preference signal changed, by kind, over the layers where it did; empty if nowhere."""
     rows, found = result["change"]["layers"], []
-    for kind, layers in ((kind, layers) for kind, layers in changed_layers(result).items() if layers):
-        whole = ("kept", "rotated", "created" if kind == "created" else "attenuated")
-        part, *parts = (sum(r[n]["value"] for r in rows if r["layer"] in layers) for n in (kind, *whole))
-        share = percent(round(part / max(sum(parts), 1e-12), 2))
-        found.append(f"{share} {KINDS[kind]} (at {len(layers)} of {len(rows)} layers)")
+    for kind, row in result["change"]["shares"].items():
+        found.append(f"{shown(row['share'])} {KINDS[kind]} (at {len(row['layers'])} of {len(rows)} layers)")
     return f"Of the preference signal, {listed(found)}." if found else ""
+
+
+def trust_says(result: dict) -> str:
+    """What "rotated" is worth at this audit's number of tokens, by features planted into its streams."""
+    tokens, planted = result["latents"]["tokens"], result["latents"]["planted"]
+    found, wrong = shown(planted["recall"]), planted["false_discovery"]
+    rest = "nothing else is called so"
+    if planted["labelled"]:
+        rest = f"{shown(wrong)} of what is called rotated there is none of them"
+    return f"At {tokens:,} training tokens, of planted rotated features {found} are found, and {rest}."
 
 
 def labels_say(result: dict, words: str = "{value} {label}") -> list[str]:
@@ -209,6 +275,9 @@ def warnings(result: dict, pairs: pd.DataFrame) -> list[dict]:
     far, copies, open_ends, short = (percent(round(share, 2)) for share in (moved, swapped, ends, cut))
     found = [
         (result["models"]["identical"], "identical", "Both models have exactly the same weights."),
+        (result["models"].get("config_differs"), "configuration",
+         f"The two configurations differ in {listed(result['models'].get('config_differs') or [''])}: a change of the "
+         "answers may come from there, not from the weights."),
         (moved > 0.5, "far",
          f"The weights differ by {far} of their norm: the aligned model may not come from this base."),
         (p["prompts"] < FEW_PROMPTS, "few prompts",

@@ -5,6 +5,6 @@ that noise, whose best map differs from half to half, does not pass for rotation
 nothing without that between two `halves` of one model. Solvers work in float64."""
 
 from alignlens.geometry.comparing import compare, compare_layers, halves
-from alignlens.geometry.decomposing import decompose
+from alignlens.geometry.decomposing import decompose, decompose_draws
 
-__all__ = ["compare", "compare_layers", "decompose", "halves"]
+__all__ = ["compare", "compare_layers", "decompose", "decompose_draws", "halves"]

@@ -25,9 +25,16 @@ def decompose(base, aligned, groups, *, folds=5, seed=0, bootstrap=1000) -> Data
     signal_ratio, spread_ratio : mean and standard deviation of the held-out scores of base's probe, aligned over base
     Only "repaired" says that one orthogonal map explains the turn. Clipped parts are biased upward on noise; layers are
     not corrected for. Raises GeometryError without both sides, ProbeError as `probes.transfer`."""
+    return decompose_draws(base, aligned, groups, folds=folds, seed=seed, bootstrap=bootstrap)[0]
+
+
+def decompose_draws(base, aligned, groups, *, folds=5, seed=0, bootstrap=1000) -> tuple[DataFrame, dict]:
+    """The table of `decompose`, and the draws behind its intervals, name -> [layers, 1 + bootstrap], the sample itself
+    first. All layers share the redrawn groups, so that a mean over layers or a difference of two is taken draw by draw.
+    """
     models = both_streams(base, aligned)
     plan = inputs.plan_folds(models[0].shape[0], groups, "grouped", folds, seed)
-    weights, rows = bootstrap_weights(plan.group, bootstrap, seed), []
+    weights, rows, draws = bootstrap_weights(plan.group, bootstrap, seed), [], []
     for layer, (x, y) in enumerate(zip(*models, strict=True)):
         probe, own = solver.fit(x, plan), solver.fit(y, plan)
         undone = _undo(*([a[:, layer].astype(np.float64) for a in model.arrays] for model in models), plan)
@@ -39,10 +46,11 @@ def decompose(base, aligned, groups, *, folds=5, seed=0, bootstrap=1000) -> Data
         values |= {"gap": second - direct, "repair": repaired - direct, "kept": kept, "rotated": both - kept}
         values["rotated_repaired"] = np.maximum(np.clip(repaired - 0.5, 0, both) - kept, 0)
         values |= {"attenuated": np.maximum(first - 0.5, 0) - both, "created": np.maximum(second - 0.5, 0) - both}
+        draws.append(values)
         numbers, (score_x, score_y) = with_intervals(values), (probe.scores(at)[0][:, 0] for at in (x, y))
         numbers |= {"verdict": _verdict(numbers), "signal_ratio": ratio(score_y.mean(), score_x.mean())}
         rows.append({"layer": layer} | numbers | {"spread_ratio": ratio(score_y.std(), score_x.std())})
-    return DataFrame(rows)
+    return DataFrame(rows), {name: np.stack([values[name] for values in draws]) for name in draws[0]}
 
 
 def _undo(base: list[np.ndarray], aligned: list[np.ndarray], plan) -> np.ndarray:
