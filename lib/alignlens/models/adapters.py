@@ -72,7 +72,7 @@ def own_tokenizer(adapter: Source, tokenizer, *, trust_remote_code: bool = False
         "special tokens": own.special_tokens_map != tokenizer.special_tokens_map,
     }  # fmt: skip
     differ = ", ".join(part for part, found in parts.items() if found)
-    return own, [f"The adapter's own tokenizer is used; its {differ} differ from the base's."] if differ else []
+    return own, [f"The adapter's own tokenizer is used; it differs from the base's in: {differ}."] if differ else []
 
 
 def _unmergeable(config) -> str | None:

@@ -1,6 +1,7 @@
 """Load a base, an aligned checkpoint, an adapter or a reward model, and check what was loaded."""
 
 import json
+import re
 
 import torch
 import transformers
@@ -10,6 +11,7 @@ from alignlens.models.adapters import merge, own_tokenizer
 from alignlens.models.sources import Source, file_of, opening
 
 HEADS = ("v_head.", "value_head.")  # of PPO's value models: no part of the policy
+BUFFERS = r".*\.(attn|attention)(\.attention)?\.(masked_)?bias|.*\.inv_freq"  # masks and frequencies of old checkpoints
 
 
 def load(source: Source, adapter: Source | None = None, *, device: str = "cpu", trust_remote_code: bool = False):
@@ -107,7 +109,7 @@ def _weights(kind, source, notes: list[str], **options):
     policy, extra = kind is transformers.AutoModelForCausalLM, sorted(found["unexpected_keys"])
     values = [weight for weight in extra if weight.startswith(HEADS)]
     missing = sorted(set(found["missing_keys"]) - (set() if policy else {"score.weight"}))
-    extra = [weight for weight in extra if policy and weight not in values]
+    extra = [weight for weight in extra if policy and weight not in values and not re.fullmatch(BUFFERS, weight)]
     wrong = [f"{weight}: {list(own)}, by its config.json {list(due)}" for weight, own, due in found["mismatched_keys"]]
     problems = {
         "its files lack {} weights, {} first; they would be random": missing,

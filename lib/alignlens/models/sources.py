@@ -15,9 +15,6 @@ from alignlens.models.session import quietly
 
 Source = str | Path
 HUB_ID = r"\w[\w.-]*(?:/[\w.-]+)?"
-SIZES = (
-    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size",
-)  # fmt: skip
 GIVE = "Give a local folder, or a hub id that is public or that you are logged in for, with the hub in reach"
 SECONDS = 5  # that the hub has to answer
 
@@ -92,10 +89,10 @@ def _why(name: str, revision: dict, what: str, error: Exception) -> str:
     if what == "adapter":
         needs = "adapter_config.json and adapter_model.safetensors (convert pickled weights first)"
         return f"{first_line(error)}. It needs {needs}"
-    if wrong := _wrong_size(Path(name)):
-        return f"its config.json has {wrong}; correct the value, or fetch the model again"
     kinds = {file.suffix for file in Path(name).iterdir()}
-    advice = "It needs config.json, safetensors weights and the tokenizer's files; give an adapter beside its base"
+    advice = (
+        "It needs config.json, safetensors weights and the tokenizer's files, whole and with values that fit each other"
+    )
     if kinds & {".bin", ".pt", ".pth"} and ".safetensors" not in kinds:
         advice = "It holds only pickled weights; convert them to safetensors first"
     return f"{first_line(error)}. {advice}"
@@ -106,14 +103,3 @@ def _adapted(name: str, revision: dict) -> str | None:
     with suppress(Exception):  # the error that led here is the one to report
         found, model = (file_of(name, file, revision) for file in ("adapter_config.json", "config.json"))
         return found and not model and (json.loads(found.read_text()).get("base_model_name_or_path") or "a base")
-
-
-def _wrong_size(folder: Path) -> str | None:
-    """The first size in a folder's config.json that is no whole number from 1."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        pairs = [(key, config[key]) for key in SIZES if config.get(key) is not None]
-    except (OSError, ValueError, AttributeError):
-        return None
-    bad = [f"{key} {value!r}" for key, value in pairs if not (isinstance(value, int | list) and value and value > 0)]
-    return bad[0] if bad else None
