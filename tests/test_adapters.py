@@ -37,6 +37,7 @@ KINDS = {
     "vera": peft.VeraConfig(r=4, target_modules=["q_proj", "o_proj"], **TEXT),
     "fourierft": peft.FourierFTConfig(n_frequency=20, **ATTENTION),
     "hra": peft.HRAConfig(r=4, **ATTENTION),
+    "pissa": peft.LoraConfig(init_lora_weights="pissa", **ATTENTION),
 }
 WHOLE = {  # of which no layer can be missing
     "tokens": peft.TrainableTokensConfig(token_indices=[0, 37, 74], target_modules=["embed_tokens"], **TEXT),
@@ -178,8 +179,15 @@ def test_an_adapter_by_hub_id_and_revision(base, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", VIRTUAL)
 def test_what_is_no_change_of_weights_is_refused_by_its_kind(base, kind, tmp_path):
     folder = adapter(base, VIRTUAL[kind], tmp_path)
-    with pytest.raises(ModelError, match=f"is .*{kind}: it .* weights.*: train an adapter that can be merged"):
+    with pytest.raises(ModelError, match=f"is .*{kind}: it .* weights.*; train an adapter that can be merged"):
         models.load(base, folder)
+
+
+@pytest.mark.parametrize("start", ["pissa_niter_4", "lora_ga", "corda"])
+def test_a_start_that_changed_the_base_and_is_not_stored_is_refused(base, start, tmp_path):
+    settings(adapter(base, KINDS["lora"], tmp_path), init_lora_weights=start)
+    with pytest.raises(ModelError, match=f"{start}.* changed in a way that its files do not tell"):
+        models.load(base, tmp_path)
 
 
 def test_lora_biases_need_a_bias_to_go_into(base, tmp_path):
@@ -325,6 +333,12 @@ def test_an_adapter_made_for_another_base_is_noted(base, named, noted, tmp_path)
 def test_settings_that_peft_does_not_know_are_noted(base, tmp_path):
     settings(adapter(base, KINDS["lora"], tmp_path), use_tomorrow=True, enable_nothing=None)
     assert "settings use_tomorrow; they are ignored" in models.notes(models.load(base, tmp_path)[0])[0]
+
+
+def test_a_damaged_adapter_is_refused(base, tmp_path):
+    rewrite(adapter(base, KINDS["lora"], tmp_path), lambda w: {name: v * torch.nan for name, v in w.items()})
+    with pytest.raises(ModelError, match=r"its model\.layers\.0\..* holds NaN"):
+        models.load(base, tmp_path)
 
 
 def test_an_unknown_kind_is_refused(base, tmp_path):

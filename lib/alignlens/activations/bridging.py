@@ -32,8 +32,8 @@ def bridge(model, *, own: bool = False):
         raise ActivationError("the model carries an unmerged adapter: call merge_and_unload() and pass the result")
     name, model = type(model).__name__, (model if own else copy.deepcopy(model)).eval()
     batches = _batches(model)
-    given = [_own_streams(model, *batch) for batch in batches]
     try:
+        given = [_own_streams(model, *batch) for batch in batches]
         model.set_attn_implementation("eager")
         expected = [_own_streams(model, *batch) for batch in batches]
         bridged = build_bridge_from_module(model, name, hf_config=model.config)

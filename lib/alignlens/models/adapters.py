@@ -34,11 +34,13 @@ def merge(model, adapter: Source, base: Source, *, head: bool = False):
         config, weights = PeftConfig.from_pretrained(folder), load_peft_weights(folder, device="cpu")
         given = json.loads(places[0].read_text())
     if problem := _unmergeable(config):
-        raise ModelError(f"adapter {str(adapter)!r} {problem}: train an adapter that can be merged, such as LoRA")
+        raise ModelError(f"adapter {str(adapter)!r} {problem}")
     notes = _notes(config, given, base)
     try:
         if head and not any("score" in name for name in weights):
             raise ValueError("it holds no trained score head, and a new one rewards noise")
+        if broken := [name for name, weight in weights.items() if not torch.isfinite(weight).all()]:
+            raise ValueError(f"its {broken[0].removeprefix(PREFIX)} holds NaN or infinite values")
         with quietly():
             merged, untied = _merged(model, config, weights)
     except Exception as error:  # every kind of adapter raises its own
@@ -76,12 +78,16 @@ def own_tokenizer(adapter: Source, tokenizer, *, trust_remote_code: bool = False
 
 
 def _unmergeable(config) -> str | None:
-    """Why an adapter is no change of weights, if it is none."""
-    kind = config.peft_type.value.replace("_", " ").lower()
+    """Why an adapter is no change of its base's weights that its files tell, if it is none."""
+    kind, train = config.peft_type.value.replace("_", " ").lower(), "train an adapter that can be merged, such as LoRA"
     if config.is_prompt_learning or config.is_adaption_prompt:
-        return f"is of kind {kind}: it adds virtual tokens and changes no weights, and weights are what is compared"
+        return f"is of kind {kind}: it adds virtual tokens and changes no weights, which are what is compared; {train}"
     if getattr(config, "alora_invocation_tokens", None):
-        return "is an activated LoRA: it acts only after its invocation tokens and cannot be merged into weights"
+        return f"is an activated LoRA: it acts only after some tokens and cannot be merged into weights; {train}"
+    start = str(getattr(config, "init_lora_weights", "")).lower()
+    if start.startswith(("pissa_niter", "corda", "lora_ga")):  # PEFT would draw another base, or take the unchanged one
+        how = "save it with path_initial_model_for_weight_conversion"
+        return f"was trained on a base that its start ({start}) changed in a way that its files do not tell; {how}"
     return None
 
 

@@ -102,9 +102,8 @@ def _weights(kind, source, notes: list[str], **options):
             raise ValueError(f"its index points to {pickled[0]}, and pickled weights are not loaded")
         # Transformers would put an adapter that lies beside the weights on top of them: it finds none in this folder.
         options |= {"adapter_kwargs": {"subfolder": "no-adapter"}, "ignore_mismatched_sizes": True}
-        model, found = kind.from_pretrained(
-            name, **revision, use_safetensors=True, output_loading_info=True, **options
-        )  # fmt: skip
+        options |= {"use_safetensors": True, "output_loading_info": True}
+        model, found = kind.from_pretrained(name, **revision, **options)
         beside = file_of(name, "adapter_config.json", revision)
     policy, extra = kind is transformers.AutoModelForCausalLM, sorted(found["unexpected_keys"])
     values = [weight for weight in extra if weight.startswith(HEADS)]

@@ -90,9 +90,7 @@ def _why(name: str, revision: dict, what: str, error: Exception) -> str:
         needs = "adapter_config.json and adapter_model.safetensors (convert pickled weights first)"
         return f"{first_line(error)}. It needs {needs}"
     kinds = {file.suffix for file in Path(name).iterdir()}
-    advice = (
-        "It needs config.json, safetensors weights and the tokenizer's files, whole and with values that fit each other"
-    )
+    advice = "It needs config.json, safetensors weights and the tokenizer's files, whole and of one model"
     if kinds & {".bin", ".pt", ".pth"} and ".safetensors" not in kinds:
         advice = "It holds only pickled weights; convert them to safetensors first"
     return f"{first_line(error)}. {advice}"
