@@ -371,7 +371,7 @@ def test_an_adapter_of_another_depth(micro, adapter, tmp_path, layers):
 
 
 def test_an_adapter_that_is_missing_or_pickled(micro, adapter, tmp_path):
-    refused("there is no such folder; check the path", source=micro.folder, adapter=tmp_path / "nothing")
+    refused("There is no such folder; check the path", source=micro.folder, adapter=tmp_path / "nothing")
     pickled = shutil.copytree(adapter, tmp_path / "pickled")
     torch.save(load_file(pickled / "adapter_model.safetensors"), pickled / "adapter_model.bin")
     (pickled / "adapter_model.safetensors").unlink()

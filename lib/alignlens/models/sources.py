@@ -85,7 +85,7 @@ def _why(name: str, revision: dict, what: str, error: Exception) -> str:
         why = f"the hub cannot be reached{switch}, and the cache lacks its files" if away else why
         return f"{why}. {GIVE}"
     if not Path(name).is_dir():
-        return "there is no such folder; check the path"
+        return "it was not found. There is no such folder; check the path"
     if what == "adapter":
         needs = "adapter_config.json and adapter_model.safetensors (convert pickled weights first)"
         return f"{first_line(error)}. It needs {needs}"
