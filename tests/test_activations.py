@@ -12,7 +12,22 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config, SmolLM3Config
+from transformer_lens.model_bridge import sources
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
+)
 
 from alignlens import activations
 from alignlens.activations import (
@@ -279,17 +294,86 @@ def test_adapters_must_be_merged(tokenizer, pairs):
 
 
 def test_a_bridge_that_disagrees_is_refused(llama, monkeypatch):
-    from transformer_lens.model_bridge import sources
-
-    honest = sources.build_bridge_from_module
-
-    def wrong(model, *args, **kwargs):
-        model.model.layers[1].mlp.down_proj.weight.data *= 1.5
-        return honest(model, *args, **kwargs)
-
-    monkeypatch.setattr(sources, "build_bridge_from_module", wrong)
+    damaging(monkeypatch, lambda model: model.model.layers[1].mlp.down_proj.weight.mul_(1.5))
     with pytest.raises(ActivationError, match=r"differs .* at blocks\.1\.hook_resid_post"):
         bridge(llama)
+
+
+EXACT = {
+    "gpt2": GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=320, n_positions=128, initializer_range=0.05),
+    "neox": GPTNeoXConfig(**{n: v for n, v in SIZE.items() if n != "num_key_value_heads"}),
+    "opt": OPTConfig(hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4, vocab_size=320,
+                     max_position_embeddings=128, word_embed_proj_dim=32),
+    "gemma2": Gemma2Config(**SIZE, head_dim=8, sliding_window=40, query_pre_attn_scalar=8),
+    "gemma3": Gemma3TextConfig(**SIZE, head_dim=8, sliding_window=40, query_pre_attn_scalar=8),
+    "mistral": MistralConfig(**SIZE, sliding_window=40),
+    "qwen3 experts": Qwen3MoeConfig(**SIZE | {"initializer_range": 0.05}, head_dim=8, num_experts=8,
+                                    num_experts_per_tok=2, moe_intermediate_size=32),
+    "bloom": BloomConfig(hidden_size=32, n_layer=3, n_head=4, vocab_size=320, initializer_range=0.05),
+}  # fmt: skip
+HALVES = [torch.float32, torch.bfloat16]
+
+
+def exact(name, dtype):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(copy.deepcopy(EXACT[name]), dtype=dtype).eval()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", EXACT)
+def test_an_exact_bridge_passes_its_check(name, dtype):
+    assert bridge(exact(name, dtype)).cfg.n_layers == 3
+
+
+def damaging(monkeypatch, change):
+    """The bridge is built of a model that was changed after it was asked for its own streams."""
+    honest = sources.build_bridge_from_module
+
+    def wrong(model, *given, **options):
+        with torch.no_grad():
+            change(model)
+        return honest(model, *given, **options)
+
+    monkeypatch.setattr(sources, "build_bridge_from_module", wrong)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("layer", "where"), [(0, r"blocks\.0\."), (1, r"blocks\.1\."), (2, "logits")])
+@pytest.mark.parametrize("damage", ["permuted", "off"])
+def test_experts_in_the_wrong_order_or_off_are_found(dtype, layer, where, damage, monkeypatch):
+    def change(model):
+        for weight in model.model.layers[layer].mlp.experts.parameters():
+            weight.copy_(weight.roll(1, 0) * (damage == "permuted"))
+
+    damaging(monkeypatch, change)
+    with pytest.raises(ActivationError, match=f"differs .* at {where}.* in dimension"):
+        bridge(exact("qwen3 experts", dtype))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_one_dimension_of_one_block_is_enough(dtype, monkeypatch):
+    damaging(monkeypatch, lambda model: model.model.layers[1].mlp.down_proj.weight[7].mul_(1.5))
+    with pytest.raises(ActivationError, match=r"differs .* at blocks\.1\..* in dimension 7"):
+        bridge(random_model("llama", dtype=dtype))
+
+
+def test_a_window_that_is_not_kept_is_found_beyond_it(monkeypatch):
+    damaging(monkeypatch, lambda model: setattr(model.config, "sliding_window", None))
+    with pytest.raises(ActivationError, match=r"differs .* at blocks\.0\."):
+        bridge(exact("mistral", torch.float32))
+
+
+def test_a_model_without_a_longest_sequence_is_read(tokenizer, pairs):
+    """ALiBi has none."""
+    model = exact("bloom", torch.float32)
+    found, encoded = (
+        read(model, tokenizer, pairs, layers=[0, 1], position="last"),
+        Formatter(tokenizer).encode_pairs(pairs),
+    )
+    for row, ids in enumerate(map(list.__add__, encoded.prompt_ids, encoded.chosen_ids)):
+        with torch.inference_mode():
+            states = model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+        assert np.abs(found.chosen[row] - torch.stack(states[1:3])[:, 0, -1].numpy()).max() <= 1e-5
 
 
 # Keeping

@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from test_audit import ask, base, checkpoint, moved, pairs  # noqa: F401  fixtures
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -136,3 +138,18 @@ def test_a_model_of_another_size_is_refused(base, pairs, tmp_path):  # noqa: F81
         type(model)(model.config).save_pretrained(other)
     with pytest.raises(AlignlensError, match="weight .*mlp.* is .* in the base and .* in the aligned model"):
         ask(base, other, pairs=pairs)
+
+
+def test_an_adapter_on_one_end_of_tied_embeddings_changes_the_head_alone(pairs, tmp_path):  # noqa: F811
+    base = checkpoint(tmp_path / "base", "qwen3")  # noqa: F811
+    with models.quietly():
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules=["lm_head"]))
+        for weight in model.parameters():
+            weight.data += 0.05 * torch.randn_like(weight) * weight.requires_grad
+        model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    found = ask(base, adapter=tmp_path / "adapter", pairs=pairs)
+    assert any("has weights of its own" in note for note in found.notes)
+    moved = {name for name, weight in found.aligned.model.named_parameters()
+             if not torch.equal(weight, dict(found.base.model.named_parameters())[name])}  # fmt: skip
+    assert moved == {"lm_head.weight"}
+    assert found.section("behaviour")["numbers"]["kl"]["value"] > 0

@@ -1,7 +1,9 @@
 """Models: what is loaded is checked, and scores and samples do not depend on batches or padding."""
 
 import json
+import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,10 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaForCausalLM,
 )
 
@@ -207,13 +213,64 @@ def test_an_empty_folder(tmp_path):
 
 
 def test_an_adapter_given_as_the_model(adapter):
-    refused("give an adapter beside its base", source=adapter)
+    refused("it is an adapter for", "give an adapter beside its base", source=adapter)
 
 
 def test_pickled_weights_only(copy):
     torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
     (copy / "model.safetensors").unlink()
     refused("holds only pickled weights; convert them to safetensors", source=copy)
+
+
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+def test_an_index_that_points_to_a_pickle(copy, index, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "sprung",))
+
+    (copy / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
+    (copy / "model.safetensors").unlink()
+    names = {"model.norm.weight": "pytorch_model.bin"}
+    (copy / index).write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    refused("It holds only pickled weights; convert them to safetensors first", source=copy)
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("other.gguf", "a GGUF file is not read yet, give the safetensors model"),
+        ("other.safetensors", "give the folder that holds it"),
+    ],
+)
+def test_a_file_in_place_of_a_folder(copy, name, words):
+    (copy / name).write_bytes(b"GGUF")  # safetensors or not, it is never opened
+    refused("is a file", words, source=copy / name)
+    refused("is a file", words, source=copy, adapter=copy / name)
+
+
+def configure(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_attention_heads": 3}, "The hidden size (32) is not a multiple of the number of attention heads (3)"),
+        ({"num_attention_heads": "four"}, "Field 'num_attention_heads' expected int, got str"),
+        ({"num_attention_heads": -4}, "negative dimension"),
+        ({"num_attention_heads": 0}, "modulo by zero"),
+        ({"hidden_act": "nonsense"}, "KeyError 'nonsense'"),
+        ({"rms_norm_eps": -5.0}, "its weights are finite, its logits are not"),
+        ({"num_hidden_layers": 1}, "no place for 9 weights of its files, model.layers.1."),
+        ({"num_hidden_layers": 3}, "its files lack 9 weights, model.layers.2."),
+        ({"attention_bias": True}, "its files lack 8 weights, model.layers.0.self_attn.k_proj.bias"),
+    ],
+)
+def test_a_configuration_that_cannot_be_right(copy, changes, words):
+    refused(words, source=configure(copy, **changes))
 
 
 def rewrite(folder, change, name="model.safetensors"):
@@ -230,10 +287,45 @@ def test_weights_that_are_missing(copy):
     refused("lack 1 weights, model.layers.1.mlp.up_proj.weight", "would be random", source=copy)
 
 
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj.bias", "score.weight"])
+def test_weights_that_the_configuration_gives_no_place(copy, name):
+    rewrite(copy, lambda w: w | {name: torch.ones(32)})
+    refused(f"its config.json has no place for 1 weights of its files, {name} first", source=copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "notes"),
+    [
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", []),
+        ("v_head.summary.weight", ["A value head (v_head.summary.weight) beside the model's weights was left out."]),
+    ],
+)
+def test_weights_that_the_model_never_uses(copy, loaded, rows, name, notes):
+    rewrite(copy, lambda w: w | {name: torch.ones(4)})
+    model, ids = models.load(copy)[0], torch.tensor([rows[0][0]])
+    assert torch.equal(model(ids).logits, loaded(ids).logits) and models.notes(model) == notes
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "attention"),
+    [
+        (GPT2LMHeadModel, GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=600), "transformer.h.0.attn."),
+        (GPTNeoXForCausalLM, GPTNeoXConfig(vocab_size=600, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                           intermediate_size=64), "gpt_neox.layers.0.attention."),
+    ],
+)  # fmt: skip
+def test_masks_and_frequencies_of_old_checkpoints_are_no_weights(copy, kind, config, attention):
+    kind(config).save_pretrained(copy)
+    names = ("bias", "masked_bias", "rotary_emb.inv_freq")
+    rewrite(copy, lambda w: w | {attention + name: torch.ones(1, 1, 64, 64) for name in names})
+    assert models.notes(models.load(copy)[0]) == []
+
+
 def test_weights_of_another_shape(copy):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
-    refused("cannot be loaded", source=copy)
+    what = "6 of its weights have another shape, such as model.layers.0.mlp.down_proj.weight: [32, 85]"
+    refused(what, "by its config.json [32, 40]", source=copy)
 
 
 def test_a_cut_file(copy):
@@ -274,11 +366,12 @@ def test_an_adapter_of_another_depth(micro, adapter, tmp_path, layers):
         return kept | more
 
     rewrite(other, deepen, "adapter_model.safetensors")
-    refused("other weights than the model has places for", source=micro.folder, adapter=other)
+    refused("its file lacks" if layers == 1 else "the model has no place for", "of its weights, model.layers.",
+            source=micro.folder, adapter=other)  # fmt: skip
 
 
 def test_an_adapter_that_is_missing_or_pickled(micro, adapter, tmp_path):
-    refused("does not fit", source=micro.folder, adapter=tmp_path / "nothing")
+    refused("There is no such folder; check the path", source=micro.folder, adapter=tmp_path / "nothing")
     pickled = shutil.copytree(adapter, tmp_path / "pickled")
     torch.save(load_file(pickled / "adapter_model.safetensors"), pickled / "adapter_model.bin")
     (pickled / "adapter_model.safetensors").unlink()
@@ -367,9 +460,9 @@ def test_an_at_sign_in_a_folders_name_is_no_revision(micro, tmp_path, monkeypatc
 
 
 @pytest.fixture
-def hub(micro, adapter, monkeypatch):
-    """Calls of from_pretrained for org/model and org/adapter, answered with local folders: (id, revision, trust)."""
-    seen, local = [], {"org/model": micro.folder, "org/adapter": adapter}
+def hub(micro, monkeypatch):
+    """Calls of from_pretrained for org/model, answered with a local folder: (id, revision, trust)."""
+    seen, local = [], {"org/model": micro.folder}
 
     def answer(kind):
         real = kind.from_pretrained
@@ -382,7 +475,7 @@ def hub(micro, adapter, monkeypatch):
 
         monkeypatch.setattr(kind, "from_pretrained", from_pretrained)
 
-    for kind in (AutoConfig, AutoTokenizer, AutoModelForCausalLM, AutoModelForSequenceClassification, PeftModel):
+    for kind in (AutoConfig, AutoTokenizer, AutoModelForCausalLM, AutoModelForSequenceClassification):
         answer(kind)
     return seen
 
@@ -393,11 +486,6 @@ def test_revision_and_trust_reach_every_loader(hub, reward, trust):
         load("org/model@v1", trust_remote_code=trust)
     models.load_reward("org/model@v1", reward, trust_remote_code=trust)
     assert hub == [("org/model", "v1", trust)] * 6
-
-
-def test_an_adapter_may_be_pinned_too(hub):
-    models.load("org/model", "org/adapter@v2")
-    assert hub == [("org/model", None, False)] * 2 + [("org/adapter", "v2", None)]
 
 
 def test_a_pinned_hub_id_out_of_reach():

@@ -36,8 +36,8 @@ class Request(Parameters):
     limit : most pairs. sampled : most prompts that are answered. causal_pairs : by default 64, on a CPU fewer (16 at
     least) where answers are long, as causal tests pass over them about 100 times. on_bad : "refuse" or "drop" rows that
     cannot be used; by default drop in hub data. batch_size : by default about 8,192 tokens, at most 64. template :
-    "auto", "chat" or "plain". fail_if : conditions that end the run as failed, see ``conditions.parse``. date : shown as
-    given; none by default, so that bytes repeat."""
+    "auto", "chat" or "plain". fail_if : what ends the run as failed, see ``conditions.parse``. date : shown as given;
+    none by default, so that bytes repeat."""
 
     base: Word
     aligned: Word

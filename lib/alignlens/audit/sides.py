@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -78,7 +77,6 @@ def sources(request: Request, toys: study.Study | None) -> list[tuple[str, str, 
             if own and toy.adapter:
                 raise AuditError(f"{source!r} is an adapter on its base already: give either it or -p adapter")
             source, own = toy.model, own or toy.adapter
-        source = os.path.expanduser(source)
         models.describe(source, trust_remote_code=request.trust_remote_code)
         found.append((name, source, own))
     return found
@@ -99,10 +97,15 @@ def load(found: list[tuple[str, str, str | None]], request: Request, device: str
     same shapes: AuditError."""
     options = {"device": device, "trust_remote_code": request.trust_remote_code}
     base, aligned = (Side(name, *models.load(source, adapter, **options)) for name, source, adapter in found)
-    base.facts, aligned.facts, notes = base.facts, aligned.facts, []  # as given: the base may change below
+    base.facts, aligned.facts = base.facts, aligned.facts  # as given: the base may change below
+    notes = [*models.notes(base.model), *models.notes(aligned.model)]
     if base.rows != aligned.rows and type(base.model) is type(aligned.model):
         notes.append(f"The base has embeddings for {base.rows} tokens, the aligned model for {aligned.rows}.")
         _resize(base.model, aligned.rows)
+    if _tied(base.model) and not _tied(aligned.model):
+        head = base.model.get_output_embeddings()
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        base.model.config.get_text_config().tie_word_embeddings = base.model.config.tie_word_embeddings = False
     one, other = (
         {"the model": type(side.model).__name__}
         | {f"weight {name}": tuple(weight.shape) for name, weight in side.model.state_dict().items()}
@@ -111,6 +114,11 @@ def load(found: list[tuple[str, str, str | None]], request: Request, device: str
     for name in (name for name in one | other if one.get(name) != other.get(name)):
         raise AuditError(f"{name} is {one.get(name)} in the base and {other.get(name)} in the aligned model: {GIVE}")
     return base, aligned, notes
+
+
+def _tied(model) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 @torch.no_grad()

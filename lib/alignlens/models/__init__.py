@@ -4,13 +4,14 @@ Everything that runs a language model outside its internals lives here. Prompts 
 by one ``preferences.Formatter``."""
 
 from alignlens.models.editing import interpolate, random_adapter
-from alignlens.models.loading import check, describe, load, load_reward, load_tokenizer, pinned, score_model
+from alignlens.models.loading import check, describe, load, load_reward, load_tokenizer, notes, score_model
 from alignlens.models.scoring import batches, response_kl, response_logprobs, rewards, sample, token_kl, token_logprobs
 from alignlens.models.session import default_device, one_thread, quietly
+from alignlens.models.sources import pinned
 from alignlens.models.tiny import pretrain, train_tokenizer
 
 __all__ = [
     "batches", "check", "default_device", "describe", "interpolate", "load", "load_reward", "load_tokenizer",
-    "one_thread", "pinned", "pretrain", "quietly", "random_adapter", "response_kl", "response_logprobs", "rewards",
-    "sample", "score_model", "token_kl", "token_logprobs", "train_tokenizer",
+    "notes", "one_thread", "pinned", "pretrain", "quietly", "random_adapter", "response_kl", "response_logprobs",
+    "rewards", "sample", "score_model", "token_kl", "token_logprobs", "train_tokenizer",
 ]  # fmt: skip

@@ -13,8 +13,8 @@ def interpolate(base, aligned, share: float) -> None:
     """Move a model back towards its base, in place: every weight becomes base + ``share`` × (aligned - base).
 
     Raises ModelError when their weights differ in name or shape."""
-    start = dict(base.named_parameters())
-    if {n: w.shape for n, w in start.items()} != {n: w.shape for n, w in aligned.named_parameters()}:
+    start, end = (dict(model.named_parameters(remove_duplicate=False)) for model in (base, aligned))
+    if {n: w.shape for n, w in start.items()} != {n: w.shape for n, w in end.items()}:
         raise ModelError("base and aligned have weights of other names or shapes: they are not of one architecture")
     for name, weight in aligned.named_parameters():
         weight.copy_(torch.lerp(start[name], weight, share))

@@ -15,11 +15,11 @@ def quietly():
 
     Errors are raised as ever; what a load report would say of missing weights is checked by ``load`` instead."""
     with ExitStack() as after, warnings.catch_warnings(action="ignore"):
-        for name in ("transformers", "datasets", "trl", "accelerate"):
+        for name in ("transformers", "datasets", "trl", "accelerate", "peft", "huggingface_hub"):
             logger, bars = logging.getLogger(name), sys.modules.get(f"{name}.utils.logging")
             after.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)
-            if bars and bars.is_progress_bar_enabled():  # Transformers and Datasets have them
+            if hasattr(bars, "is_progress_bar_enabled") and bars.is_progress_bar_enabled():
                 after.callback(bars.enable_progress_bar)
                 bars.disable_progress_bar()
         yield
