@@ -91,7 +91,7 @@ def test_message_lists_are_reduced_to_one_prompt_and_one_answer(tmp_path):
         {"prompt": "Q1", "chosen": [user("Q1"), assistant("a")], "rejected": [user("Q1"), assistant("b")]},
         {"prompt": [user("Q2")], "chosen": [assistant("a")], "rejected": "b"},
         {"chosen": [*head, assistant("Blue")], "rejected": [*head, assistant("Dog")]},
-        {"prompt": "Name a colour.", "chosen": [*head, assistant("Red")], "rejected": "Dog"},
+        {"prompt": "Name a colour.", "chosen": [*head, assistant("Red")], "rejected": [*head, assistant("Dog")]},
     ]
     want = ["Name a colour.", "Q1", "Q2", join_turns(head), join_turns(head)]
     loaded = load_pairs(write(tmp_path / "chat.jsonl", rows))
@@ -171,7 +171,7 @@ BAD_ROWS = [
     ({**PAIR, "rejected": PAIR["chosen"] + " "}, "field 'rejected': is equal to chosen"),
     ({**PAIR, "chosen": [user("Q"), user("a")]}, "field 'chosen': does not end with an assistant turn"),
     ({**PAIR, "chosen": [{"from": "gpt"}]}, "field 'chosen': message 1 is not a role and a content"),
-    ({**PAIR, "chosen": [{"role": "bot", "content": "a"}]}, "field 'chosen': message 1 has the unknown role 'bot'"),
+    ({**PAIR, "chosen": [{"role": "narrator", "content": "a"}]}, "field 'chosen': message 1 has the unknown role 'narrator'"),
     ({**PAIR, "chosen": [assistant(None)]}, "field 'chosen': is missing"),
     ({**PAIR, "prompt": [user("a\x1eb")]}, "field 'prompt': message 1 holds the turn separator \\x1e"),
     (
