@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from alignlens.core.errors import PreferenceError
-from alignlens.preferences import NOTED, describe_report, is_local, join_turns, load_pairs, turns
+from alignlens.preferences import NOTED, describe_report, is_local, join_turns, load_pairs
 
 
 def user(text):
@@ -46,105 +46,186 @@ LAYOUTS = {
     "messages as JSON text": ([{name: json.dumps(talk) for name, talk in both(TALK).items()}], [LONG]),
     "messages as Python text": ([{name: repr(talk) for name, talk in both(TALK).items()}], [LONG]),
     "messages as numpy prints them": (
-        [dict(chosen="[{'content': 'Q', 'role': 'user'}\n {'content': \"it's } {\\na\", 'role': 'assistant'}]",
-                            rejected="[{'content': 'Q', 'role': 'user'} {'content': 'b', 'role': 'assistant'}]")],
+        [
+            dict(
+                chosen="[{'content': 'Q', 'role': 'user'}\n {'content': \"it's } {\\na\", 'role': 'assistant'}]",
+                rejected="[{'content': 'Q', 'role': 'user'} {'content': 'b', 'role': 'assistant'}]",
+            )
+        ],
         [("Q", "it's } {\na", "b")],
     ),
     "one message as JSON text": (
-        [{"prompt": "Q", "chosen": json.dumps(assistant("a")), "rejected": json.dumps(assistant("b"))}], [ONE],
+        [{"prompt": "Q", "chosen": json.dumps(assistant("a")), "rejected": json.dumps(assistant("b"))}],
+        [ONE],
     ),
     "rows of messages and of text, mixed": (
-        [{name: json.dumps(talk) for name, talk in both(ASKED, prompt=ASKED).items()},
-         {"prompt": "[1] Why?", "chosen": "[see 1]", "rejected": '["b"]'},
-         {"prompt": '[{"role": 1}, x', "chosen": '{"role": "none"}', "rejected": '[{"role": "user", "content": "c"}] is a list.'}],
-        [ONE, ("[1] Why?", "[see 1]", '["b"]'),
-         ('[{"role": 1}, x', '{"role": "none"}', '[{"role": "user", "content": "c"}] is a list.')],
+        [
+            {name: json.dumps(talk) for name, talk in both(ASKED, prompt=ASKED).items()},
+            {"prompt": "[1] Why?", "chosen": "[see 1]", "rejected": '["b"]'},
+            {
+                "prompt": '[{"role": 1}, x',
+                "chosen": '{"role": "none"}',
+                "rejected": '[{"role": "user", "content": "c"}] is a list.',
+            },
+        ],
+        [
+            ONE,
+            ("[1] Why?", "[see 1]", '["b"]'),
+            ('[{"role": 1}, x', '{"role": "none"}', '[{"role": "user", "content": "c"}] is a list.'),
+        ],
     ),
     "input beside instruction": (
         [{"instruction": "Add.", "input": text, "chosen": "a", "rejected": "b"} for text in ("1, 2", "", "3, 4")],
         [("Add.\n\n1, 2", "a", "b"), ("Add.", "a", "b"), ("Add.\n\n3, 4", "a", "b")],
     ),
     "input that the prompt holds already": (
-        [{"prompt": "Add: 1, 2", "input": "1, 2", "chosen": "a", "rejected": "b"}], [("Add: 1, 2", "a", "b")],
+        [{"prompt": "Add: 1, 2", "input": "1, 2", "chosen": "a", "rejected": "b"}],
+        [("Add: 1, 2", "a", "b")],
     ),
-    "system column": ([{"system": "S", "question": "Q", "chosen": "a", "rejected": "b"}], [(join_turns([system("S"), user("Q")]), "a", "b")]),
+    "system column": (
+        [{"system": "S", "question": "Q", "chosen": "a", "rejected": "b"}],
+        [(join_turns([system("S"), user("Q")]), "a", "b")],
+    ),
     "history column": (
-        [{"instruction": "Q", "system": "S", "history": [["Q1", "A1"]], "chosen": "a", "rejected": "b"}], [LONG],
+        [{"instruction": "Q", "system": "S", "history": [["Q1", "A1"]], "chosen": "a", "rejected": "b"}],
+        [LONG],
     ),
     "dialogues as text": (
-        [{"chosen": f"\n\nHuman: Q1\n\nAssistant: A1\n\nHuman: Q\n\nAssistant: {a}", "rejected": f"\n\nHuman: Q1\n\nAssistant: A1\n\nHuman: Q\n\nAssistant: {b}"}
-         for a, b in (("a", "b"), ("Human: he said.", "1.\n\n2."))],
+        [
+            {
+                "chosen": f"\n\nHuman: Q1\n\nAssistant: A1\n\nHuman: Q\n\nAssistant: {a}",
+                "rejected": f"\n\nHuman: Q1\n\nAssistant: A1\n\nHuman: Q\n\nAssistant: {b}",
+            }
+            for a, b in (("a", "b"), ("Human: he said.", "1.\n\n2."))
+        ],
         [(join_turns(TALK[1:]), "a", "b"), (join_turns(TALK[1:]), "Human: he said.", "1.\n\n2.")],
     ),
     "dialogues on lines": ([{"chosen": "USER: Q\nASSISTANT: a", "rejected": "USER: Q\nASSISTANT: b"}], [ONE]),
     "dialogues on one line": ([{"chosen": "Human: Q Assistant: a", "rejected": "Human: Q Assistant: b"}], [ONE]),
     "dialogues beside their prompt": (
-        [{"prompt": "Q", "chosen": "Human: Q\n\nAssistant: a", "rejected": "Human: Q\n\nAssistant: b"}], [ONE],
+        [{"prompt": "Q", "chosen": "Human: Q\n\nAssistant: a", "rejected": "Human: Q\n\nAssistant: b"}],
+        [ONE],
     ),
-    "prompt as a dialogue": ([{"prompt": "\n\nHuman: Q\n\nAssistant:", "chosen": " a", "rejected": " b"}], [("Q", " a", " b")]),
+    "prompt as a dialogue": (
+        [{"prompt": "\n\nHuman: Q\n\nAssistant:", "chosen": " a", "rejected": " b"}],
+        [("Q", " a", " b")],
+    ),
     "prompt repeated by both answers": (
-        [{"prompt": "Name a colour.", "chosen": "Name a colour.\n\nBlue", "rejected": "Name a colour. Dog"},
-         {"prompt": "Q:", "chosen": "Q: a", "rejected": "Q:b"}],
+        [
+            {"prompt": "Name a colour.", "chosen": "Name a colour.\n\nBlue", "rejected": "Name a colour. Dog"},
+            {"prompt": "Q:", "chosen": "Q: a", "rejected": "Q:b"},
+        ],
         [("Name a colour.", "Blue", "Dog"), ("Q:", "a", "b")],
     ),
     "prompt quoted by few answers": (
-        [{"prompt": "Say hi.", "chosen": "Say hi. Done.", "rejected": "Say hi. No."}, {"prompt": "Q", "chosen": "a", "rejected": "b"}],
+        [
+            {"prompt": "Say hi.", "chosen": "Say hi. Done.", "rejected": "Say hi. No."},
+            {"prompt": "Q", "chosen": "a", "rejected": "b"},
+        ],
         [("Say hi.", "Say hi. Done.", "Say hi. No."), ONE],
     ),
     "prompt quoted by one answer": (
-        [{"prompt": "Say hi.", "chosen": "Say hi. Done.", "rejected": "No."}], [("Say hi.", "Say hi. Done.", "No.")],
+        [{"prompt": "Say hi.", "chosen": "Say hi. Done.", "rejected": "No."}],
+        [("Say hi.", "Say hi. Done.", "No.")],
     ),
     "system message in the prompt only": ([both(ASKED, prompt=TALK)], [LONG]),
     "prompt is the first turn": ([both(TALK[1:], prompt="Q1")], [(join_turns(TALK[1:]), "a", "b")]),
     "answers that go on after the prompt": (
-        [{"prompt": ASKED, "chosen": [assistant("a"), user("And?"), assistant("c")], "rejected": [assistant("b")]}], [ONE],
+        [{"prompt": ASKED, "chosen": [assistant("a"), user("And?"), assistant("c")], "rejected": [assistant("b")]}],
+        [ONE],
     ),
     "blank prompt beside conversations": ([both(ASKED, prompt="")], [ONE]),
     "conversation in one answer": ([{"chosen": [*ASKED, assistant("a")], "rejected": "b"}], [ONE]),
     "content in parts": (
-        [{"prompt": [{"role": "user", "content": [{"type": "text", "text": "What "}, {"type": "text", "text": "now?"}]}],
-          "chosen": [{"role": "assistant", "content": [{"type": "text", "text": "a"}]}], "rejected": [{"type": "text", "text": "b"}]}],
+        [
+            {
+                "prompt": [
+                    {"role": "user", "content": [{"type": "text", "text": "What "}, {"type": "text", "text": "now?"}]}
+                ],
+                "chosen": [{"role": "assistant", "content": [{"type": "text", "text": "a"}]}],
+                "rejected": [{"type": "text", "text": "b"}],
+            }
+        ],
         [("What now?", "a", "b")],
     ),
-    "empty system turn": ([both([system(""), *ASKED]), both([system(None), user("Q2")], prompt="Q2")], [ONE, ("Q2", "a", "b")]),
+    "empty system turn": (
+        [both([system(""), *ASKED]), both([system(None), user("Q2")], prompt="Q2")],
+        [ONE, ("Q2", "a", "b")],
+    ),
     "roles in other spellings": (
-        [{"chosen": [{"role": "User", "content": "Q"}, {"role": "assistant ", "content": "a"}],
-          "rejected": [{"role": "Human", "content": "Q"}, {"role": "bot", "content": "b"}]}],
+        [
+            {
+                "chosen": [{"role": "User", "content": "Q"}, {"role": "assistant ", "content": "a"}],
+                "rejected": [{"role": "Human", "content": "Q"}, {"role": "bot", "content": "b"}],
+            }
+        ],
         [ONE],
     ),
     "ShareGPT": (
-        [{"conversations": [{"from": "human", "value": "Q"}], "chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}}],
+        [
+            {
+                "conversations": [{"from": "human", "value": "Q"}],
+                "chosen": {"from": "gpt", "value": "a"},
+                "rejected": {"from": "gpt", "value": "b"},
+            }
+        ],
         [ONE],
     ),
     "conversations that part early": (
-        [{"chosen": [*ASKED, assistant("a"), user("More"), assistant("c")], "rejected": [*ASKED, assistant("b"), user("Why?")]}],
+        [
+            {
+                "chosen": [*ASKED, assistant("a"), user("More"), assistant("c")],
+                "rejected": [*ASKED, assistant("b"), user("Why?")],
+            }
+        ],
         [ONE],
     ),
     "output_1 and output_2": (
-        [{"instruction": "Q", "output_1": "a", "output_2": "b", "preference": 1},
-         {"instruction": "Q2", "output_1": "b", "output_2": "a", "preference": 2},
-         {"instruction": "Q3", "output_1": "b", "output_2": "a", "preference": 1.9}],
+        [
+            {"instruction": "Q", "output_1": "a", "output_2": "b", "preference": 1},
+            {"instruction": "Q2", "output_1": "b", "output_2": "a", "preference": 2},
+            {"instruction": "Q3", "output_1": "b", "output_2": "a", "preference": 1.9},
+        ],
         [ONE, ("Q2", "a", "b"), ("Q3", "a", "b")],
     ),
     "response_j and response_k": ([{"question": "Q", "response_j": "a", "response_k": "b"}], [ONE]),
     "response_a and response_b": (
-        [{"prompt": "Q", "response_a": "b", "response_b": "a", "winner": "model_b"}, {"prompt": "Q2", "response_a": "a", "response_b": "b", "winner": "A"}],
+        [
+            {"prompt": "Q", "response_a": "b", "response_b": "a", "winner": "model_b"},
+            {"prompt": "Q2", "response_a": "a", "response_b": "b", "winner": "A"},
+        ],
         [ONE, ("Q2", "a", "b")],
     ),
     "conversation_a and conversation_b": (
-        [{"conversation_a": [*ASKED, assistant("b")], "conversation_b": [*ASKED, assistant("a")], "winner": "model_b"}], [ONE],
+        [{"conversation_a": [*ASKED, assistant("b")], "conversation_b": [*ASKED, assistant("a")], "winner": "model_b"}],
+        [ONE],
     ),
-    "response_0 and response_1": ([{"prompt": "Q", "response_0": "b", "response_1": "a", "better_response_id": 1, "safer_response_id": 0}], [ONE]),
+    "response_0 and response_1": (
+        [{"prompt": "Q", "response_0": "b", "response_1": "a", "better_response_id": 1, "safer_response_id": 0}],
+        [ONE],
+    ),
     "strength of a preference": (
-        [{"prompt": "Q", "response_1": "a", "response_2": "b", "preference_strength": -2}, {"prompt": "Q2", "response_1": "b", "response_2": "a", "preference_strength": 3}],
+        [
+            {"prompt": "Q", "response_1": "a", "response_2": "b", "preference_strength": -2},
+            {"prompt": "Q2", "response_1": "b", "response_2": "a", "preference_strength": 3},
+        ],
         [ONE, ("Q2", "a", "b")],
     ),
     "answers and their scores": ([{"prompt": "Q", "responses": ["c", "a", "b"], "scores": [2, 3.5, 1]}], [ONE]),
     "messages and rejected_response": ([{"messages": [*TALK, assistant("a")], "rejected_response": "b"}], [LONG]),
-    "OpenAI's": ([{"input": {"messages": ASKED}, "preferred_output": [assistant("a")], "non_preferred_output": [assistant("b")]}], [ONE]),
+    "OpenAI's": (
+        [
+            {
+                "input": {"messages": ASKED},
+                "preferred_output": [assistant("a")],
+                "non_preferred_output": [assistant("b")],
+            }
+        ],
+        [ONE],
+    ),
     "kto_tag": ([{"messages": [*ASKED, assistant(text)], "kto_tag": text == "a"} for text in "ab"], [ONE]),
     "capitals": ([{"Prompt": "Q", "Chosen": "a", "Rejected": "b"}], [ONE]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", LAYOUTS)
@@ -194,7 +275,10 @@ UNREADABLE = {
         "field 'rejected': parts from chosen at message 1, where not both hold an answer",
     ),
     "conversations that part at the user": (
-        {"chosen": [*ASKED, assistant("a"), user("1"), assistant("b")], "rejected": [*ASKED, assistant("a"), user("2"), assistant("c")]},
+        {
+            "chosen": [*ASKED, assistant("a"), user("1"), assistant("b")],
+            "rejected": [*ASKED, assistant("a"), user("2"), assistant("c")],
+        },
         "field 'rejected': parts from chosen at message 3",
     ),
     "beginning of the other": (
@@ -202,7 +286,11 @@ UNREADABLE = {
         "field 'rejected': one conversation is the beginning of the other: end both with",
     ),
     "image": (
-        {"prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}], "chosen": "a", "rejected": "b"},
+        {
+            "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}],
+            "chosen": "a",
+            "rejected": "b",
+        },
         "field 'prompt': message 1 holds a part of type 'image', and only text can be read",
     ),
     "tool call": (
@@ -213,13 +301,28 @@ UNREADABLE = {
         {"prompt": "Q", "chosen": '[{"role": "assistant", "content": "a', "rejected": "b"},
         "field 'chosen': begins like a message list, but is neither whole JSON nor as Python prints it",
     ),
-    "no answer": ({"chosen": "\n\nHuman: Q\n\nAssistant:", "rejected": "\n\nHuman: Q\n\nAssistant: b"}, "field 'chosen': is empty"),
+    "no answer": (
+        {"chosen": "\n\nHuman: Q\n\nAssistant:", "rejected": "\n\nHuman: Q\n\nAssistant: b"},
+        "field 'chosen': is empty",
+    ),
     "no prompt": ({"chosen": "a", "rejected": "b"}, "field 'prompt': is missing"),
-    "invalid": ({"prompt": "Q", "chosen": "a", "rejected": "b", "is_valid": False}, "field 'is_valid': is False: the file itself"),
-    "tied": ({"prompt": "Q", "chosen": "a", "rejected": "b", "preference": "tie (bothbad)"}, "field 'preference': is tie (bothbad): no answer is preferred"),
-    "no strength": ({"prompt": "Q", "chosen": "a", "rejected": "b", "preference_strength": 0}, "field 'preference_strength': is 0: no"),
-    "history as prose": ({"prompt": "Q", "chosen": "a", "rejected": "b", "history": "once"}, "field 'history': is not a list of messages or of pairs"),
-}  # fmt: skip
+    "invalid": (
+        {"prompt": "Q", "chosen": "a", "rejected": "b", "is_valid": False},
+        "field 'is_valid': is False: the file itself",
+    ),
+    "tied": (
+        {"prompt": "Q", "chosen": "a", "rejected": "b", "preference": "tie (bothbad)"},
+        "field 'preference': is tie (bothbad): no answer is preferred",
+    ),
+    "no strength": (
+        {"prompt": "Q", "chosen": "a", "rejected": "b", "preference_strength": 0},
+        "field 'preference_strength': is 0: no",
+    ),
+    "history as prose": (
+        {"prompt": "Q", "chosen": "a", "rejected": "b", "history": "once"},
+        "field 'history': is not a list of messages or of pairs",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", UNREADABLE)
@@ -235,18 +338,42 @@ def test_a_row_that_cannot_be_read_is_named_or_dropped(case):
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ([{"prompt": "Q", "response_a": "a", "response_b": "b"}], "Say in a column 'winner' which of response_a and response_b is"),
-        ([{"prompt": "Q", "response_a": "a", "response_b": "b", "winner": 0}], "column 'winner' holds 0, which does not say whether"),
-        ([{"prompt": "Q", "response_0": "a", "response_1": "b", "winner": n} for n in (1, 2)], "column 'winner' holds 1, 2, which"),
-        ([{"prompt": "Q", "output_1": "a", "output_2": "b", "preference": n} for n in (0, 1)], "column 'preference' holds 0, 1, which"),
-        ([{"instruction": "Q", "completions": [{"response": "a", "score": 1}]}], "put the best into chosen and the worst into rejected"),
+        (
+            [{"prompt": "Q", "response_a": "a", "response_b": "b"}],
+            "Or say in a column 'winner' which of response_a and response_b is better",
+        ),
+        (
+            [{"prompt": "Q", "response_a": "a", "response_b": "b", "winner": 0}],
+            "column 'winner' holds 0, which does not say whether",
+        ),
+        (
+            [{"prompt": "Q", "response_0": "a", "response_1": "b", "winner": n} for n in (1, 2)],
+            "column 'winner' holds 1, 2, which",
+        ),
+        (
+            [{"prompt": "Q", "output_1": "a", "output_2": "b", "preference": n} for n in (0, 1)],
+            "column 'preference' holds 0, 1, which",
+        ),
+        (
+            [{"instruction": "Q", "completions": [{"response": "a", "score": 1}]}],
+            "put the best into chosen and the worst into rejected",
+        ),
         ([{"prompt": "Q", "response": "a", "helpfulness": 3}], "put the best into chosen and the worst into rejected"),
-        ([{"prompt": "Q", "responses": ["a", "b"], "scores": [1]}], "row 1, field 'scores': is not a list of as many numbers"),
+        (
+            [{"prompt": "Q", "responses": ["a", "b"], "scores": [1]}],
+            "row 1, field 'scores': is not a list of as many numbers",
+        ),
         ([{"prompt": "Q", "responses": ["a", "b"], "scores": [1, 1]}], "row 1, field 'scores': are all equal"),
-        ([{"prompt": "Q", "output_1": "a", "output_2": "b", "preference": "c"}], "is 'c', which names neither output_1 nor output_2"),
-        ([{"prompt": "Q", "output_1": "a", "output_2": "b", "preference": n} for n in (1.5, 2)], "row 1, field 'preference': is 1.5: no"),
+        (
+            [{"prompt": "Q", "output_1": "a", "output_2": "b", "preference": "c"}],
+            "is 'c', which names neither output_1 nor output_2",
+        ),
+        (
+            [{"prompt": "Q", "output_1": "a", "output_2": "b", "preference": n} for n in (1.5, 2)],
+            "row 1, field 'preference': is 1.5: no",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_unclear_is_refused_with_advice(rows, words):
     with pytest.raises(PreferenceError, match=re.escape(words)):
         load_pairs(rows)
@@ -348,9 +475,12 @@ def test_several_files_and_globs_are_read_in_order(tmp_path):
 def test_what_python_holds_is_read(kind, tmp_path):
     made = datasets.Dataset.from_pandas(TABLE)
     source = {
-        "Dataset": made, "DatasetDict": datasets.DatasetDict(train=made, test=made), "list": TABLE.to_dict("records"),
-        "columns": TABLE.to_dict("list"), "iterator": iter(TABLE.to_dict("records")),
-    }.get(kind)  # fmt: skip
+        "Dataset": made,
+        "DatasetDict": datasets.DatasetDict(train=made, test=made),
+        "list": TABLE.to_dict("records"),
+        "columns": TABLE.to_dict("list"),
+        "iterator": iter(TABLE.to_dict("records")),
+    }.get(kind)
     if source is not None:
         assert load_pairs(source)[list(TABLE)].to_dict("list") == TABLE.to_dict("list")
     else:  # texts and messages in one column
@@ -387,11 +517,16 @@ def test_files_that_cannot_be_read_say_why(name, content, words, tmp_path):
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("none/*.jsonl", "none/*.jsonl: no such file. Give an existing .jsonl"), ("./none", "./none: no such file"),
-        (7, "int: Give a table"), (b"x", "bytes: Give a table"), ([], "no pair is left"), (["none.csv"], "list: no such"),
+        ("none/*.jsonl", "none/*.jsonl: no such file. Give an existing .jsonl"),
+        ("./none", "./none: no such file"),
+        (7, "int: Give a table"),
+        (b"x", "bytes: Give a table"),
+        ([], "no pair is left"),
+        (["none.csv"], "list: no such"),
+        ("none.txt", "none.txt: no such file"),
         (pd.DataFrame([[1, 2]], columns=["chosen", "chosen"]), "two columns have one name"),
     ],
-)  # fmt: skip
+)
 def test_sources_that_are_none_say_what_to_give(source, words):
     with pytest.raises(PreferenceError, match=re.escape(words)):
         load_pairs(source)

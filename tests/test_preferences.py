@@ -171,7 +171,10 @@ BAD_ROWS = [
     ({**PAIR, "rejected": PAIR["chosen"] + " "}, "field 'rejected': is equal to chosen"),
     ({**PAIR, "chosen": [user("Q"), user("a")]}, "field 'chosen': does not end with an assistant turn"),
     ({**PAIR, "chosen": [{"from": "gpt"}]}, "field 'chosen': message 1 is not a role and a content"),
-    ({**PAIR, "chosen": [{"role": "narrator", "content": "a"}]}, "field 'chosen': message 1 has the unknown role 'narrator'"),
+    (
+        {**PAIR, "chosen": [{"role": "narrator", "content": "a"}]},
+        "field 'chosen': message 1 has the unknown role 'narrator'",
+    ),
     ({**PAIR, "chosen": [assistant(None)]}, "field 'chosen': is missing"),
     ({**PAIR, "prompt": [user("a\x1eb")]}, "field 'prompt': message 1 holds the turn separator \\x1e"),
     (

@@ -10,6 +10,6 @@ from alignlens.preferences.prompts import SPLITS, check_folds, join_turns, promp
 from alignlens.preferences.reading import SUFFIXES, is_local
 
 __all__ = [
-    "COLUMNS", "NOTED", "SPLITS", "SUFFIXES", "Encoded", "Formatter", "check_folds", "collate", "describe_report", "is_local",
-    "join_turns", "load_pairs", "prompt_id", "split_by_prompt", "split_hash", "turns",
+    "COLUMNS", "NOTED", "SPLITS", "SUFFIXES", "Encoded", "Formatter", "check_folds", "collate", "describe_report",
+    "is_local", "join_turns", "load_pairs", "prompt_id", "split_by_prompt", "split_hash", "turns",
 ]  # fmt: skip

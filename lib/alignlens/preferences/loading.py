@@ -17,18 +17,25 @@ COLUMNS = ["prompt", "chosen", "rejected", "prompt_id"]
 def load_pairs(source, *, limit=None, max_chars=None, split="train", on_bad="refuse"):
     """Preference pairs from a file, a hub data set or a table, checked row by row.
 
-    source : path of a .jsonl, .json, .csv or .parquet file; a hub data set id (``org/name`` or ``org/name@revision``)
-    or a local data set folder; or a DataFrame. Columns: ``prompt, chosen, rejected`` or ``prompt, completion, label``.
-    Texts are strings or message lists. Prompt turns repeated in ``chosen`` and ``rejected`` are taken off, and stand in
-    for a missing prompt. A list of rejected answers makes one pair each. Labelled completions (KTO) are paired within
-    their prompt, desirable with undesirable in the order of a content hash, each used at most once; their extra columns
-    come twice, ``*_chosen`` and ``*_rejected``.
+    source : a .jsonl, .json, .csv, .tsv or .parquet file (also as .gz, .bz2, .xz), a folder of them or one that
+    ``datasets`` saved, a glob, a list of files or of dicts, a DataFrame, a ``Dataset``, or a hub id (``org/name`` or
+    ``org/name@revision``). Columns: ``prompt, chosen, rejected`` or ``prompt, completion, label``, or another of the
+    ``layouts``.
+    Texts are strings or message lists, also as JSON or Python text. Both answers must have one prompt; turns that they
+    repeat of it are taken off, or stand in for a missing one. Conversations are compared at the first assistant turn in
+    which they differ, and what follows is left off. A text is a dialogue ("Human: ... Assistant: ..."), or begins with
+    its prompt, which is taken off, only if most rows of the file do so. A list of rejected answers makes one pair each.
+    Labelled completions (KTO) are paired within their prompt, desirable with undesirable in the order of a content
+    hash, each used at most once; their extra columns come twice, ``*_chosen`` and ``*_rejected``.
     limit : at most this many pairs, as whole prompts in the order of ``prompt_id`` (a hash), so that a smaller limit
-    gives a subset. max_chars : pairs with a longer prompt (all its turns) or answer are dropped. split : of a data set.
-    on_bad : "refuse" raises on unusable rows, "drop" leaves them out and counts them.
+    gives a subset. max_chars : pairs with a longer prompt (all its turns) or answer are dropped. split : of a data set,
+    or of a folder whose file names tell it; the only one if there is one.
+    on_bad : "refuse" raises on unusable rows, among them those that the file marks as invalid or tied; "drop" leaves
+    them out and counts them. Pairs whose own scores contradict them or are equal are kept and counted.
     Returns ``prompt, chosen, rejected, prompt_id``, then the extra columns, in file order. ``attrs["report"]`` counts
-    what was dropped and why (see ``describe_report``). Exact duplicates are dropped; contradictory pairs (the same two
-    answers, swapped) are kept and counted. Raises PreferenceError naming source, row (line of a .jsonl) and field."""
+    what was dropped and why, and what was done to read the file (keys in ``NOTED``; see ``describe_report``). Exact
+    duplicates are dropped; contradictory pairs (the same two answers, swapped) are kept and counted. Raises
+    PreferenceError naming source, row (line of a .jsonl) and field."""
     require_count(limit, "limit")
     require_count(max_chars, "max_chars")
     if on_bad not in ("refuse", "drop"):
@@ -58,7 +65,7 @@ def load_pairs(source, *, limit=None, max_chars=None, split="train", on_bad="ref
     pairs = _select(pairs, limit, max_chars, report)
     if pairs.empty:
         raise PreferenceError(f"{name}: no pair is left. {', '.join(f'{words}: {n}' for words, n in _counts(report))}")
-    judge_labels(pairs, layout.columns, report)
+    judge_labels(pairs, layout.others, report)
     pairs = pairs[[*COLUMNS, *(column for column in pairs if column not in COLUMNS)]].reset_index(drop=True)
     pairs.attrs["report"] = report
     return pairs
@@ -82,16 +89,18 @@ def _pair_completions(rows, report):
     """Pairs from labelled completions, within a prompt, each completion used once, in the order of a content hash."""
     rows = _drop(rows, rows.duplicated(["prompt_id", "completion", "label"]), "repeated_completion", report)
     rows = _drop(rows, rows.duplicated(["prompt_id", "completion"], keep=False), "both_labels", report)
-    rows = rows.rename_axis("position").reset_index()
-    rows["order"] = [hashlib.blake2b(text.encode()).hexdigest() for text in rows["completion"]]
-    rows = rows.sort_values(["order", "position"])
-    rows["rank"] = rows.groupby(["prompt_id", "label"]).cumcount()
-    good, bad = (rows[rows["label"] == label].drop(columns=["label", "order"]) for label in (True, False))
-    pairs = good.merge(bad, on=["prompt_id", "rank"], suffixes=("_chosen", "_rejected")).sort_values("position_chosen")
+    # names that no column of a file has
+    place, order, rank = "\x1eplace", "\x1eorder", "\x1erank"
+    rows = rows.rename_axis(place).reset_index()
+    rows[order] = [hashlib.blake2b(text.encode()).hexdigest() for text in rows["completion"]]
+    rows = rows.sort_values([order, place])
+    rows[rank] = rows.groupby(["prompt_id", "label"]).cumcount()
+    good, bad = (rows[rows["label"] == label].drop(columns=["label", order]) for label in (True, False))
+    pairs = good.merge(bad, on=["prompt_id", rank], suffixes=("_chosen", "_rejected")).sort_values(f"{place}_chosen")
     report["prompts_with_one_label"] = int(rows["prompt_id"].nunique() - pairs["prompt_id"].nunique())
     report["unpaired_completion"] = len(rows) - 2 * len(pairs)
     names = {"prompt_chosen": "prompt", "completion_chosen": "chosen", "completion_rejected": "rejected"}
-    return pairs.rename(columns=names).drop(columns=["rank", "prompt_rejected", "position_chosen", "position_rejected"])
+    return pairs.rename(columns=names).drop(columns=[rank, "prompt_rejected", f"{place}_chosen", f"{place}_rejected"])
 
 
 def _select(pairs, limit, max_chars, report):
@@ -109,9 +118,12 @@ def _select(pairs, limit, max_chars, report):
 
 
 REPORT_WORDS = {
-    "rows": "rows read", "columns_read": "columns read", "dialogue_text": "rows read from texts such as Human: ... Assistant: ...",
+    "rows": "rows read", "columns_read": "columns read",
+    "messages_spelled": "rows whose message lists were given as text",
+    "dialogue_text": "rows read from texts such as Human: ... Assistant: ...",
     "prompt_taken_off": "rows whose answers began with the prompt, which was taken off",
-    "input_joined": "rows whose input was joined to the prompt", "system_joined": "rows with a system turn from its column",
+    "input_joined": "rows whose input was joined to the prompt",
+    "system_joined": "rows with a system turn from its column",
     "history_joined": "rows with earlier turns from the column history",
     "one_sided": "rows whose conversation stands in one of the answers only",
     "later_turns": "rows whose turns after the compared answers were left off",
@@ -131,8 +143,8 @@ REPORT_WORDS = {
 }  # fmt: skip
 # What was done to read a file, and what it says of its labels: nothing was dropped for it.
 NOTED = (
-    "columns_read", "dialogue_text", "prompt_taken_off", "input_joined", "system_joined", "history_joined", "one_sided",
-    "later_turns", "scores_contradict", "scores_equal", "label_columns",
+    "columns_read", "messages_spelled", "dialogue_text", "prompt_taken_off", "input_joined", "system_joined",
+    "history_joined", "one_sided", "later_turns", "scores_contradict", "scores_equal", "label_columns",
 )  # fmt: skip
 
 

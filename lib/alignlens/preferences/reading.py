@@ -26,7 +26,7 @@ SPLIT_WORDS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation"
 
 
 def _read_json(content):
-    """A list of objects, one object, or one object a line."""
+    """A list of objects, one object that may hold the list, or one object a line."""
     text = io.TextIOWrapper(io.BytesIO(content), "utf-8-sig").read()
     try:
         found = json.loads(text)
@@ -35,19 +35,17 @@ def _read_json(content):
             raise
         # split("\n"), not splitlines(): that one also breaks at \x1e and at unicode line ends inside texts
         return [(f"line {n}", _read_line(line)) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    lists = [value for value in found.values() if isinstance(value, list)] if isinstance(found, dict) else [found]
-    if len(lists) == len(found) == 1 and lists[0] and isinstance(lists[0][0], dict):
-        found = lists[0]  # {"data": [rows]}
-    return _places(found if isinstance(found, list) else [found])
+    if isinstance(found, dict) and len(found) == 1 and isinstance(*found.values(), list):
+        [found] = found.values()
+    return found if isinstance(found, list) else [("line 1", found)]
 
 
 def _read_line(line):
     try:
         return json.loads(line)
-    except json.JSONDecodeError as error:
-        return BadRow("broken_json", None, f"broken JSON ({error.msg} at column {error.colno})")
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists within lists within lists
-        return BadRow("broken_json", None, f"broken JSON ({error})")
+    except (ValueError, RecursionError) as error:  # ValueError also of a number of thousands of digits
+        words = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+        return BadRow("broken_json", None, f"broken JSON ({words})")
 
 
 def _read_csv(content, separator=","):
@@ -89,96 +87,90 @@ def is_local(source):
         return True
     path = os.path.expanduser(source)
     looks = path.startswith((".", "/")) or path.count("/") > 1 or glob.has_magic(path)
-    return _suffix(path)[0] in READERS or os.path.exists(path) or (looks and "://" not in path)
-
-
-def _places(rows):
-    if isinstance(rows, pd.DataFrame):
-        if len(set(map(str, rows.columns))) < len(rows.columns):
-            raise PreferenceError(f"two columns have one name: {', '.join(map(str, rows.columns))}. Rename one")
-        rows = rows.to_dict("records")
-    rows = [{str(k): v for k, v in row.items()} if isinstance(row, Mapping) else row for row in rows]
-    return [(f"row {number}", row) for number, row in enumerate(rows, 1)]
+    known = path.lower().endswith((*READERS, *UNPACK, ".txt", ".xlsx", ".zip", ".pkl", ".arrow"))
+    return known or os.path.exists(path) or (looks and "://" not in path)
 
 
 def _one_split(splits, wanted):
-    """Name and content of the split that was asked for, or of the only one there is."""
-    name = next((name for name in (wanted, f"{wanted}_prefs") if name in splits), None)
+    """The split that was asked for, or the only one there is."""
+    name = next((name for name in (f"{wanted}_prefs", wanted) if name in splits), None)
     if name is None and len(splits) != 1:
         raise PreferenceError(f"no split {wanted!r}; it has {', '.join(map(str, splits)) or 'none'}. Give split=")
-    name = name or next(iter(splits))
-    return f" ({name})" if name else "", splits[name]
+    return splits[name or next(iter(splits))]
 
 
-def _read_hub(name, split):
-    import datasets  # noqa: PLC0415  slow to import, and needed for data sets only
-
-    name, _, revision = name.partition("@")
-    try:
-        return datasets.load_dataset(name, split=split, revision=revision or None)
-    except ValueError as error:
-        if f"{split}_prefs" not in str(error):  # the name of the split beside one for fine-tuning
-            raise
-        return datasets.load_dataset(name, split=f"{split}_prefs", revision=revision or None)
-
-
-def _read_folder(path, split):
-    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        import datasets  # noqa: PLC0415  slow to import, and needed for data sets only
-
-        return _read(datasets.load_from_disk(path), split)
-    if (path / "README.md").is_file():  # a clone of a data set on the hub: its card says which files are which
-        return "", _read(_read_hub(str(path), split), split)[1]
+def _folder(path):
+    """The files of a folder that can be read, by the split that their names tell."""
     splits = {}
     for file in sorted(path.rglob("*")):
-        inside = file.relative_to(path)
-        if _suffix(file)[0] in READERS and not str(inside).startswith(("dataset_info", ".")):
-            words = [SPLIT_WORDS[word] for word in re.findall("[a-z]+", str(inside).lower()) if word in SPLIT_WORDS]
-            splits.setdefault(words[0] if words else "", []).append(file)
+        inside = str(file.relative_to(path)).lower()
+        if _suffix(file)[0] in READERS and not re.search(r"(^|/)(\.|dataset_info)", inside):
+            words = re.findall("[a-z]+", inside)
+            split = next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "")
+            splits.setdefault(split + "_prefs" * ("prefs" in words), []).append(file)
     if not splits:
         raise PreferenceError(f"the folder holds no file that can be read. {ADVICE}")
-    name, files = _one_split(splits, split)
-    return name, _read(files, split)[1]
+    return splits
 
 
 def _read_path(source, split):
+    """The (place, row) list of a file; for any other path what it stands for: a data set, or a list of files."""
     path = Path(source).expanduser()
-    if path.is_dir():
-        return _read_folder(path, split)
     if path.is_file():
         suffix, opened = _suffix(path)
         if suffix not in READERS:
             raise PreferenceError(f"files that end in {path.suffix!r} cannot be read. {ADVICE}")
         with opened(path, "rb") as file:
-            found = READERS[suffix](file.read())
-        return "", found if isinstance(found, list) else _places(found)
-    if found := sorted(glob.glob(str(path), recursive=True)):
-        return "", _read(found, split)[1]
-    if is_local(source):
+            return READERS[suffix](file.read())
+    saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    if path.is_dir() and not saved:
+        return _one_split(_folder(path), split)
+    if not saved and (found := sorted(glob.glob(str(path), recursive=True))):
+        return found
+    if not saved and is_local(source):
         raise PreferenceError(f"no such file. Give an existing {', '.join(SUFFIXES)} file or a hub id")
-    return "", _read(_read_hub(source, split), split)[1]
+    import datasets  # noqa: PLC0415  slow to import, and needed for data sets only
+
+    if saved:
+        return datasets.load_from_disk(path)
+    name, _, revision = source.partition("@")
+    try:
+        return datasets.load_dataset(name, split=split, revision=revision or None)
+    except ValueError as error:
+        if f"{split}_prefs" not in str(error):  # as some call the pairs beside texts for fine-tuning
+            raise
+        return datasets.load_dataset(name, split=f"{split}_prefs", revision=revision or None)
 
 
 def _read(source, split):
-    """What to add to the source's name, and (place, row) of its rows."""
+    """(place, row) of the rows of any source."""
     if isinstance(source, str | Path):
-        return _read_path(source, split)
+        source = _read_path(source, split)
+    if hasattr(source, "to_pandas"):  # a Dataset, a polars or an Arrow table
+        source = source.to_pandas()
+    if isinstance(source, Mapping) and not all(isinstance(values, list) for values in source.values()):
+        return _read(_one_split(source, split), split)
+    if isinstance(source, Mapping):
+        source = pd.DataFrame(dict(source))
     if isinstance(source, pd.DataFrame):
-        return "", _places(source)
-    if hasattr(source, "to_pandas"):  # a Dataset, a polars or Arrow table
-        return "", _places(source.to_pandas())
-    if isinstance(source, Mapping):  # a DatasetDict, or columns by their names
-        if all(isinstance(values, list) for values in source.values()):
-            return "", _places(pd.DataFrame(dict(source)))
-        name, found = _one_split(source, split)
-        return name, _read(found, split)[1]
+        if len(set(map(str, source.columns))) < len(source.columns):
+            raise PreferenceError(f"two columns have one name: {', '.join(map(str, source.columns))}. Rename one")
+        source = source.to_dict("records")
     if not isinstance(source, Iterable) or isinstance(source, bytes):
         raise PreferenceError(ADVICE)
-    items = list(source)
-    if not any(isinstance(item, str | Path) for item in items):
-        return "", _places(items)
-    several = [(Path(str(item)).name, _read(item, split)[1]) for item in items]
-    return "", [(f"{name} {place}", row) for name, rows in several for place, row in rows]
+    rows = []
+    for number, item in enumerate(source, 1):
+        if isinstance(item, str | Path):
+            rows += [(f"{Path(item).name} {place}", row) for place, row in _read(item, split)]
+        else:
+            rows.append(item if isinstance(item, tuple) and len(item) == 2 else (f"row {number}", item))
+    return rows
+
+
+def _named(row):
+    """A row whose columns are called by text that can be written."""
+    named = isinstance(row, Mapping)
+    return {str(name).encode(errors="replace").decode(): value for name, value in row.items()} if named else row
 
 
 def read_source(source, split):
@@ -187,10 +179,9 @@ def read_source(source, split):
     Raises PreferenceError, which names the source, for what cannot be read."""
     name = str(source) if isinstance(source, str | Path) else type(source).__name__
     try:
-        added, rows = _read(source, split)
+        return name, [(place, _named(row)) for place, row in _read(source, split)]
     except PreferenceError as error:
         raise PreferenceError(f"{name}: {error}.") from error
     except Exception as error:  # readers and the hub raise many unrelated types; the user needs one clear sentence
         has = f"{ADVICE} whose data set has a split {split!r}."
         raise PreferenceError(f"{name}: cannot be read ({type(error).__name__}: {error}). {has}") from error
-    return name + added, rows

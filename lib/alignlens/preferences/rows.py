@@ -48,6 +48,10 @@ def _text(value, field):
     return value
 
 
+def _listed(value):
+    return [_listed(item) for item in value] if isinstance(value, list | tuple | np.ndarray) else value
+
+
 def cell(value, field, lists=False):
     """A cell, its arrays made lists, and read where its text spells messages (or any list, if ``lists``) in JSON or as
     Python or numpy print them."""
@@ -93,28 +97,27 @@ def _turn(message, field, number):
     given, content = (message[key] for key in keys)
     if (role := ROLES.get(str(given).strip().lower())) is None:
         raise BadRow("turns", field, f"message {number} has the unknown role {given!r}")
-    if any(not is_blank(cell(message.get(calls), field)) for calls in ("tool_calls", "function_call")):
+    if any(not is_blank(_listed(message.get(calls))) for calls in ("tool_calls", "function_call")):
         raise BadRow("turns", field, f"message {number} calls a tool, and only text can be read")
-    if isinstance(content := cell(content, field), list) and content:
+    if isinstance(content := _listed(content), list) and content:
         parts = [part if isinstance(part, dict) else {"text": part} for part in content]
         if other := next((kind for part in parts if (kind := part.get("type", "text")) != "text"), None):
             raise BadRow("turns", field, f"message {number} holds a part of type {other!r}, and only text can be read")
         content = "".join(_text(part.get("text"), field) for part in parts)
     if role == "system" and is_blank(content):
         return None
-    if TURN in _text(content, field):
-        raise BadRow("turns", field, f"message {number} holds the turn separator \\x1e")
-    return {"role": role, "content": content}
+    return {"role": role, "content": _text(content, field)}
 
 
 def _messages(value, field):
-    """Checked turns of a message list, of one message, of the parts of one, or of a prompt string."""
+    """Checked turns of a message list, of one message, of the parts of one, or of a text."""
     if isinstance(value, dict) and "messages" in value:
-        value = cell(value["messages"], field)
+        value = _listed(value["messages"])
     if isinstance(value, list) and value and not any(map(_keys, value)) and all(map(_is_message, value)):
         value = {"role": "user" if field == "prompt" else "assistant", "content": value}
     if not isinstance(value, list):
-        value = [value] if _keys(value) else turns(_text(value, field))
+        told = turns if field == "prompt" else lambda text: [{"role": "assistant", "content": text}]
+        value = [value] if _keys(value) else told(_text(value, field))
     found = [turn for number, message in enumerate(value, 1) if (turn := _turn(message, field, number))]
     if not found:
         raise BadRow("empty", field, "is an empty message list")
@@ -122,7 +125,7 @@ def _messages(value, field):
 
 
 def _dialogue(text):
-    """Turns of a text such as "Human: ... Assistant: ...", told by paragraphs, by lines, or by words; None of others."""
+    """Turns of a text such as "Human: ... Assistant: ...", each on a paragraph, line or none; None of other texts."""
     if not isinstance(text, str) or not re.match(SPEAKER, text.strip()):
         return None
     gap = next((gap for gap in ("\n\n", "\n", " ") if re.search(gap + "(Assistant|ASSISTANT):", text)), "\n\n")
@@ -186,11 +189,10 @@ def _parted(chosen, rejected, notes):
         raise BadRow("turns", "rejected", words)
     if not chosen[shared]["role"] == rejected[shared]["role"] == "assistant":
         short, long = sorted((key[:-1] for key in keys), key=len)
-        words = f"parts from chosen at message {shared + 1}, where not both hold an answer: give both the same prompt"
         if short == long[len(long) - len(short) :]:
-            field = "chosen" if len(chosen) > len(rejected) else "rejected"
             words = "holds a system message or earlier turns that the other answer lacks: put them into the prompt"
-            raise BadRow("turns", field, words)
+            raise BadRow("turns", PAIRS[1 + (len(rejected) > len(chosen))], words)
+        words = f"parts from chosen at message {shared + 1}, where not both hold an answer: give both the same prompt"
         raise BadRow("turns", "rejected", words)
     if max(len(chosen), len(rejected)) > shared + 1:
         notes.add("later_turns")
@@ -210,6 +212,9 @@ def _asked(talk):
         raise BadRow("missing", "prompt", "is missing")
     if (role := talk[-1]["role"]) != "user":
         raise BadRow("turns", "prompt", f"the prompt ends with a turn of role {role!r}, not 'user'")
+    for number, turn in enumerate(talk, 1):
+        if TURN in turn["content"]:
+            raise BadRow("turns", "prompt", f"message {number} holds the turn separator \\x1e")
     return join_turns(talk)
 
 
@@ -235,7 +240,8 @@ class Reader:
 
     def read(self, cells):
         """(what a row holds, as dicts of the fields of its shape; names of what was done to read it)."""
-        notes, found, label = set(), [], LABELS.get(str(cells.get("label")).strip().lower())
+        notes, found = {"messages_spelled"} if "spelled" in cells else set(), []
+        label = LABELS.get(str(cells.get("label")).strip().lower())
         if "label" in self.fields and label is None:
             raise BadRow("label", "label", f"is {cells.get('label')!r}, not true or false")
         *_, last = self.answers
@@ -284,11 +290,7 @@ class Reader:
         if self._dialogues and (told := _dialogue(answer)):
             notes.add("dialogue_text")
             answer = told
-        told = (
-            [{"role": "assistant", "content": _text(answer, field)}]
-            if isinstance(answer, str)
-            else _messages(answer, field)
-        )
+        told = _messages(answer, field)
         if not any(turn["role"] == "assistant" for turn in told):
             raise BadRow("turns", field, "does not end with an assistant turn")
         return told
