@@ -82,7 +82,50 @@ as_text = talks.map(json.dumps) | talks.map(repr) | talks.map(lambda talk: str(n
 cells = texts | talks | messages | as_text | st.lists(texts | talks, max_size=3) | nested
 pairs = st.fixed_dictionaries({"prompt": texts | talks, "chosen": cells, "rejected": cells})
 named = st.dictionaries(st.sampled_from(NAMES), cells, max_size=8)
-rows = st.lists(st.builds(lambda pair, more: pair | more, pairs, named) | named, min_size=1, max_size=6)
+wild = st.lists(st.builds(lambda pair, more: pair | more, pairs, named) | named, min_size=1, max_size=6)
+
+# Rows of one layout, most of which can be read, with a few odd ones among them and an odd column beside them.
+said, asked = st.text("ab é.", min_size=1, max_size=4), st.sampled_from(["Q", "Q2", "Name a colour."])
+heads = good.map(lambda talk: talk[: 1 if len(talk) < 3 else 3])
+
+
+def talked(head, *answers):
+    names = ("chosen", "rejected")
+    return {name: [*head, {"role": "assistant", "content": a}] for name, a in zip(names, answers, strict=True)}
+
+
+def dialogue(row):
+    speakers = {"user": "Human", "assistant": "Assistant"}
+    return {k: "".join(f"\n\n{speakers[t['role']]}: {t['content']}" for t in talk) for k, talk in row.items()}
+
+
+answered = st.builds(talked, heads, said, said)
+scored = st.fixed_dictionaries({"score_chosen": st.integers(0, 2), "score_rejected": st.integers(0, 2)})
+layouts = [
+    st.fixed_dictionaries({"prompt": asked, "chosen": said, "rejected": said | st.lists(said, max_size=3)}),
+    st.fixed_dictionaries({"question": asked, "input": texts, "system": texts, "response_j": said, "response_k": said}),
+    st.builds(lambda row, more: row | more, answered, scored),
+    answered.map(lambda row: {name: json.dumps(talk) for name, talk in row.items()}),
+    answered.map(lambda row: {name: repr(talk) for name, talk in row.items()}),
+    answered.map(dialogue),
+    st.builds(lambda q, a, b: {"prompt": q, "chosen": f"{q} {a}", "rejected": f"{q}\n{b}"}, asked, said, said),
+    st.fixed_dictionaries({"prompt": asked, "completion": said, "label": st.booleans(), "rank": st.integers(0, 3)}),
+    st.fixed_dictionaries(
+        {"prompt": asked, "output_1": said, "output_2": said, "preference": st.sampled_from([1, 2, 1.5, "tie"])}
+    ),
+    st.fixed_dictionaries(
+        {"prompt": asked, "responses": st.lists(said, max_size=3), "scores": st.lists(st.integers(0, 5), max_size=3)}
+    ),
+]
+readable = st.sampled_from(layouts).flatmap(lambda layout: st.lists(layout, min_size=1, max_size=6))
+mixed = st.builds(
+    lambda rows, odd, name, cell: [row | {name: cell} if name else row for row in rows] + odd,
+    readable,
+    st.lists(named, max_size=2),
+    st.none() | st.sampled_from(NAMES),
+    cells,
+)
+rows = readable | mixed | wild
 odd_sources = st.recursive(  # no other texts: they would be asked for on the hub
     st.none() | st.booleans() | st.floats() | st.binary(max_size=3) | st.sampled_from(["./none", "none.csv", "*.json"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
@@ -118,7 +161,7 @@ def check_file(name, content, **options):
         check(path, **options)
 
 
-bad = st.sampled_from(["refuse", "drop"])
+bad = st.sampled_from(["drop", "drop", "drop", "refuse"])
 
 
 @fuzz
@@ -178,9 +221,15 @@ columns = st.sampled_from(
 
 
 @fuzz
-@given(st.dictionaries(st.sampled_from(NAMES) | st.integers(), columns, min_size=1, max_size=8), st.booleans(), bad)
-def test_tables(table, twice, on_bad):
-    table = pd.DataFrame(table)
+@given(
+    st.dictionaries(st.sampled_from(NAMES) | st.integers(), columns, max_size=5),
+    st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected"]), columns, max_size=3),
+    st.sampled_from([True, False, False, False]),
+    bad,
+)
+def test_tables(more, texts, twice, on_bad):
+    plain = {"prompt": ["Q", "Q2", "Q3"], "chosen": ["a", "b", "c"], "rejected": ["b", "c", "a"]}
+    table = pd.DataFrame(plain | more | texts)
     check(pd.concat([table, table], axis=1) if twice else table, on_bad=on_bad, limit=2 if twice else None)
 
 
@@ -199,5 +248,5 @@ def test_folders_and_odd_sources(files, split, source):
             path = Path(folder) / name
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(content))
-        check(Path(folder), split=split)
+        check(Path(folder), split=split, on_bad="drop")
     check(source, split=split)

@@ -140,7 +140,14 @@ LAYOUTS = {
         [
             {
                 "prompt": [
-                    {"role": "user", "content": [{"type": "text", "text": "What "}, {"type": "text", "text": "now?"}]}
+                    {
+                        "role": "user",
+                        "content": [
+                            {"type": "text", "text": "What"},
+                            {"type": "text", "text": " "},
+                            {"type": "text", "text": "now?"},
+                        ],
+                    }
                 ],
                 "chosen": [{"role": "assistant", "content": [{"type": "text", "text": "a"}]}],
                 "rejected": [{"type": "text", "text": "b"}],
@@ -400,6 +407,12 @@ def test_what_a_file_says_of_its_labels_is_reported(names, values, against, equa
     assert (report.get("scores_contradict"), report.get("scores_equal")) == (against or 0, equal or 0)
     if against:
         assert f"{against}  pairs kept whose own scores say otherwise" in describe_report(pairs)
+
+
+def test_completions_keep_columns_of_any_name():
+    rows = [{"prompt": "Q", "completion": c, "label": c == "a", "rank": c, "order": 1, "position": c} for c in "ab"]
+    [pair] = load_pairs(rows).to_dict("records")
+    assert (pair["chosen"], pair["rank_chosen"], pair["position_rejected"]) == ("a", "a", "b")
 
 
 # Sources

@@ -34,7 +34,9 @@ TIES = re.compile("(tied?|both|neither|draw|equal|same|none)(?![a-z]).{0,12}$") 
 # Columns (also is_ and so) and what they say when a row is not to be used.
 FLAGS = {"valid": False, "invalid": True, "tie": True, "tied": True, "both_bad": True}
 OWN_SCORE = re.compile("score|rating|reward")
-SURE = set("margin confidence certainty agreement strength preference valid invalid tie tied noise votes".split())
+SURE = set(
+    "margin confidence certainty agreement strength preference valid invalid tie tied noise votes safer flipped".split()
+)
 
 
 def _word(value):

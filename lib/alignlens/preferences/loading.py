@@ -118,16 +118,7 @@ def _select(pairs, limit, max_chars, report):
 
 
 REPORT_WORDS = {
-    "rows": "rows read", "columns_read": "columns read",
-    "messages_spelled": "rows whose message lists were given as text",
-    "dialogue_text": "rows read from texts such as Human: ... Assistant: ...",
-    "prompt_taken_off": "rows whose answers began with the prompt, which was taken off",
-    "input_joined": "rows whose input was joined to the prompt",
-    "system_joined": "rows with a system turn from its column",
-    "history_joined": "rows with earlier turns from the column history",
-    "one_sided": "rows whose conversation stands in one of the answers only",
-    "later_turns": "rows whose turns after the compared answers were left off",
-    "bad_missing": "rows dropped: a field is missing",
+    "rows": "rows read", "bad_missing": "rows dropped: a field is missing",
     "bad_empty": "rows dropped: a field is empty", "bad_not_text": "rows dropped: a field is not text",
     "bad_turns": "rows dropped: message list not usable", "bad_equal": "rows dropped: chosen equals rejected",
     "bad_label": "rows dropped: label cannot be read", "bad_broken_json": "rows dropped: broken JSON",
@@ -136,21 +127,27 @@ REPORT_WORDS = {
     "prompts_with_one_label": "prompts dropped: only one label",
     "unpaired_completion": "completions left without a partner", "duplicate": "duplicate pairs dropped",
     "too_long": "pairs dropped: longer than max_chars", "over_limit": "pairs not drawn: over the limit",
-    "contradictory": "contradictory pairs kept (same answers, swapped)",
-    "scores_contradict": "pairs kept whose own scores say otherwise",
-    "scores_equal": "pairs kept whose own scores are equal",
-    "label_columns": "columns about how sure the labels are", "pairs": "pairs", "prompts": "prompts",
+    "contradictory": "contradictory pairs kept (same answers, swapped)", "pairs": "pairs", "prompts": "prompts",
 }  # fmt: skip
 # What was done to read a file, and what it says of its labels: nothing was dropped for it.
-NOTED = (
-    "columns_read", "messages_spelled", "dialogue_text", "prompt_taken_off", "input_joined", "system_joined",
-    "history_joined", "one_sided", "later_turns", "scores_contradict", "scores_equal", "label_columns",
-)  # fmt: skip
+NOTED = {
+    "messages_spelled": "rows whose message lists were given as text",
+    "dialogue_text": "rows read from texts such as Human: ... Assistant: ...",
+    "prompt_taken_off": "rows whose answers began with the prompt, which was taken off",
+    "input_joined": "rows whose input was joined to the prompt",
+    "system_joined": "rows with a system turn from its column",
+    "history_joined": "rows with earlier turns from the column history",
+    "one_sided": "rows whose conversation stands in one of the answers only",
+    "later_turns": "rows whose turns after the compared answers were left off",
+    "scores_contradict": "pairs kept whose own scores say otherwise",
+    "scores_equal": "pairs kept whose own scores are equal",
+    "label_columns": "columns about how sure the labels are", "columns_read": "columns read",
+}  # fmt: skip
 
 
 def _counts(report):
     """(words, count) of all that was counted, zeros left out."""
-    return [(words, report[key]) for key, words in REPORT_WORDS.items() if report.get(key)]
+    return [(words, report[key]) for key, words in (REPORT_WORDS | NOTED).items() if report.get(key)]
 
 
 def describe_report(pairs):

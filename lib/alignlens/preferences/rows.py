@@ -103,7 +103,8 @@ def _turn(message, field, number):
         parts = [part if isinstance(part, dict) else {"text": part} for part in content]
         if other := next((kind for part in parts if (kind := part.get("type", "text")) != "text"), None):
             raise BadRow("turns", field, f"message {number} holds a part of type {other!r}, and only text can be read")
-        content = "".join(_text(part.get("text"), field) for part in parts)
+        texts = [part.get("text") for part in parts]
+        content = "".join(text if isinstance(text, str) else _text(text, field) for text in texts)
     if role == "system" and is_blank(content):
         return None
     return {"role": role, "content": _text(content, field)}
