@@ -91,7 +91,7 @@ def test_message_lists_are_reduced_to_one_prompt_and_one_answer(tmp_path):
         {"prompt": "Q1", "chosen": [user("Q1"), assistant("a")], "rejected": [user("Q1"), assistant("b")]},
         {"prompt": [user("Q2")], "chosen": [assistant("a")], "rejected": "b"},
         {"chosen": [*head, assistant("Blue")], "rejected": [*head, assistant("Dog")]},
-        {"prompt": "Name a colour.", "chosen": [*head, assistant("Red")], "rejected": "Dog"},
+        {"prompt": "Name a colour.", "chosen": [*head, assistant("Red")], "rejected": [*head, assistant("Dog")]},
     ]
     want = ["Name a colour.", "Q1", "Q2", join_turns(head), join_turns(head)]
     loaded = load_pairs(write(tmp_path / "chat.jsonl", rows))
@@ -171,7 +171,10 @@ BAD_ROWS = [
     ({**PAIR, "rejected": PAIR["chosen"] + " "}, "field 'rejected': is equal to chosen"),
     ({**PAIR, "chosen": [user("Q"), user("a")]}, "field 'chosen': does not end with an assistant turn"),
     ({**PAIR, "chosen": [{"from": "gpt"}]}, "field 'chosen': message 1 is not a role and a content"),
-    ({**PAIR, "chosen": [{"role": "bot", "content": "a"}]}, "field 'chosen': message 1 has the unknown role 'bot'"),
+    (
+        {**PAIR, "chosen": [{"role": "narrator", "content": "a"}]},
+        "field 'chosen': message 1 has the unknown role 'narrator'",
+    ),
     ({**PAIR, "chosen": [assistant(None)]}, "field 'chosen': is missing"),
     ({**PAIR, "prompt": [user("a\x1eb")]}, "field 'prompt': message 1 holds the turn separator \\x1e"),
     (
@@ -210,7 +213,7 @@ def test_many_bad_rows_are_counted_and_the_first_shown():
         ("a.csv", "prompt,text\nx,y\n", "no column 'chosen' and no column 'rejected'; it has prompt, text"),
         ("a.jsonl", "\n", "no pair is left"),
         ("a.json", "[{]", "cannot be read (JSONDecodeError: Expecting property name enclosed in double quotes: line 1"),
-        ("a.jsonl", b"\xff\xfe", "cannot be read (UnicodeDecodeError: 'utf-8' codec"),
+        ("a.jsonl", b"\xff\xe9", "cannot be read (UnicodeDecodeError: 'utf-8' codec"),
         ("a.csv", 'prompt,chosen\n"x', "cannot be read (ParserError"),
         ("a.parquet", "no parquet", "cannot be read (ArrowInvalid"),
         ("a.csv", "prompt,completion,label\nx,y,maybe\n", "row 1, field 'label': is 'maybe', not true or false"),

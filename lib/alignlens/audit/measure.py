@@ -46,8 +46,9 @@ class Audit:
         pairs, self.source = requests.load_pairs(request, toys)
         self.base, self.aligned, notes = sides.load(found, request, self.device)
         self.format, encoded, more = sides.one_format(self.base, self.aligned, pairs, request)
-        self.notes, self.context = notes + more, min(self.base.context, self.aligned.context)
-        self.pairs, self.encoded, self.dropped = requests.usable(pairs, encoded, request, self.context)
+        self.context = min(self.base.context, self.aligned.context)
+        self.pairs, self.encoded, self.dropped, done = requests.usable(pairs, encoded, request, self.context)
+        self.notes = notes + more + done
         self.answer_tokens = sum(map(len, [*self.encoded.chosen_ids, *self.encoded.rejected_ids]))
         self.layers = self._chosen_layers()
         self.middle = min(self.layers, key=lambda layer: abs(layer - (self.base.facts["layers"] - 1) / 2))

@@ -19,6 +19,10 @@ PAIRS = "argilla/ultrafeedback-binarized-preferences-cleaned"
 TOYS = "tiny world, held-out split"  # the source of the toy models' pairs
 SHIPPED = Path(__file__).parents[3] / "data" / "tiny"
 LEAST_PROMPTS = 20
+ENCODED = {  # what was done to format pairs, as the report of their encoding counts it
+    "thinking": "{} pairs hold a reasoning trace: their prompts were read with thinking switched on.",
+    "end_token": "Of {} pairs an end-of-turn token that was written into an answer was taken off.",
+}
 LISTS = ("prompt_ids", "chosen_ids", "rejected_ids", "prompts")
 
 Word = Annotated[str, BeforeValidator(str)]
@@ -111,17 +115,19 @@ def load_pairs(request: Request, toys: study.Study | None) -> tuple[pd.DataFrame
         kept = pairs.prompt_id.isin(sorted(pairs.prompt_id.unique())[: request.limit])
         return pairs[kept].head(request.limit).reset_index(drop=True), TOYS
     source = PAIRS if request.pairs is None else request.pairs
-    path = Path(source).expanduser()
-    local = path.suffix in preferences.SUFFIXES or path.exists()
-    on_bad = request.on_bad or ("refuse" if local else "drop")
-    return preferences.load_pairs(str(path) if local else source, limit=request.limit, on_bad=on_bad), public(source)
+    on_bad = request.on_bad or ("refuse" if preferences.is_local(source) else "drop")
+    name = public(source) if isinstance(source, str) else type(source).__name__
+    return preferences.load_pairs(source, limit=request.limit, on_bad=on_bad), name
 
 
 def usable(pairs: pd.DataFrame, encoded: Encoded, request: Request, context: int):
-    """(pairs, encoded, dropped): those that fit the format and leave room for an answer, and counts of the others."""
-    skip = ("pairs", "kept", "thinking", "median_tokens", "longest_tokens", "source", "prompts", "rows", "over_limit")
-    reports = [*encoded.report.items(), *pairs.attrs.get("report", {}).items()]
-    dropped = {name: count for name, count in reports if count and name not in skip}
+    """(pairs, encoded, dropped, notes): those that fit the format and leave room for an answer, counts of the others,
+    and what was done to read them."""
+    skip = {"pairs", "kept", *ENCODED, "median_tokens", "longest_tokens", "source", "prompts", "rows", "over_limit"}
+    reports, noted = encoded.report | pairs.attrs.get("report", {}), preferences.NOTED
+    dropped = {name: count for name, count in reports.items() if count and name not in skip | noted.keys()}
+    notes = [f"Of the file: {words}: {reports[name]}." for name, words in noted.items() if reports.get(name)]
+    notes += [words.format(reports[name]) for name, words in ENCODED.items() if reports.get(name)]
     room = context - min(request.response_tokens, context // 8)  # the rest is left free for an answer
     fits = np.array([len(ids) <= room for ids in encoded.prompt_ids])
     if not fits.all():
@@ -130,7 +136,7 @@ def usable(pairs: pd.DataFrame, encoded: Encoded, request: Request, context: int
     if (prompts := pairs.prompt_id.nunique()) < LEAST_PROMPTS:
         advice = "give more held-out pairs, raise limit, or raise max_length if pairs were dropped for their length"
         raise AuditError(f"{prompts} prompts are left, and an audit needs at least {LEAST_PROMPTS}: {advice}")
-    return pairs, subset(encoded, np.flatnonzero(fits)), dropped
+    return pairs, subset(encoded, np.flatnonzero(fits)), dropped, notes
 
 
 def subset(encoded: Encoded, rows) -> Encoded:

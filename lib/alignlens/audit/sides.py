@@ -172,8 +172,6 @@ def one_format(base: Side, aligned: Side, pairs, request: Request) -> tuple[Form
     if unseen := sorted(token for token in used if token >= base.facts["vocabulary"]):
         names = ", ".join(tokenizer.convert_ids_to_tokens(unseen[:5]))
         notes.append(f"The base never saw {len(unseen)} tokens of the format ({names}): it was given mean embeddings.")
-    if traces := encoded.report.get("thinking"):
-        notes.append(f"{traces} pairs hold a reasoning trace: their prompts were read with thinking switched on.")
     return format, encoded, notes
 
 

@@ -2,15 +2,18 @@
 
 import json
 import re
+from pathlib import Path
 
 import torch
 import transformers
+from safetensors import safe_open
 
 from alignlens.core.errors import ModelError
 from alignlens.models.adapters import merge, own_tokenizer
 from alignlens.models.sources import Source, file_of, opening
 
 HEADS = ("v_head.", "value_head.")  # of PPO's value models: no part of the policy
+WRAPPERS = {r"^(_orig_mod|module)\.": ""}  # what compiling or parallel training puts before names
 BUFFERS = r".*\.(attn|attention)(\.attention)?\.(masked_)?bias|.*\.inv_freq"  # masks and frequencies of old checkpoints
 
 
@@ -84,8 +87,16 @@ def check(model, tokenizer, source="model") -> None:
     if problem := next((problem for problem, found in problems.items() if found), None):
         raise ModelError(f"model {str(source)!r}: {problem}")
     with opening(source), torch.inference_mode():
-        if not torch.isfinite(model(input_ids=torch.tensor([ids], device=model.device)).logits).all():
+        ids = (8 * ids)[:16]
+        both = torch.tensor([ids, [*ids[:-1], (ids[-1] + 1) % rows]], device=model.device)
+        logits = model(input_ids=both).logits
+        if not torch.isfinite(logits).all():
             raise ValueError("its weights are finite, its logits are not: check the values in config.json")
+        if logits.dim() < 3:  # one value a text, of a score head
+            return
+        apart = (logits[0, :-1] - logits[1, :-1]).abs().max()  # the two texts differ in the last token only
+        if apart > 100 * torch.finfo(logits.dtype).eps * logits.abs().max():  # more than rounding
+            raise ValueError("what it says of a token depends on later ones: it is no causal language model")
 
 
 def _fetch(kind, source, **options):
@@ -100,11 +111,17 @@ def _weights(kind, source, notes: list[str], **options):
         shards = set(json.loads(index.read_text())["weight_map"].values()) if index else set()
         if pickled := sorted(shard for shard in shards if not shard.endswith(".safetensors")):
             raise ValueError(f"its index points to {pickled[0]}, and pickled weights are not loaded")
+        config = file_of(name, "config.json", revision)
+        if config and "quantization_config" not in json.loads(config.read_text()):
+            for file in filter(None, (file_of(name, shard, revision) for shard in shards or ["model.safetensors"])):
+                _refuse_codes(file)
         # Transformers would put an adapter that lies beside the weights on top of them: it finds none in this folder.
         options |= {"adapter_kwargs": {"subfolder": "no-adapter"}, "ignore_mismatched_sizes": True}
-        options |= {"use_safetensors": True, "output_loading_info": True}
+        options |= {"use_safetensors": True, "output_loading_info": True, "key_mapping": WRAPPERS}
         model, found = kind.from_pretrained(name, **revision, **options)
         beside = file_of(name, "adapter_config.json", revision)
+    if kind is transformers.AutoModelForCausalLM and "SequenceClassification" in str(model.config.architectures):
+        raise ModelError(f"model {str(source)!r} is a classifier or reward model, not one that writes answers")
     policy, extra = kind is transformers.AutoModelForCausalLM, sorted(found["unexpected_keys"])
     values = [weight for weight in extra if weight.startswith(HEADS)]
     missing = sorted(set(found["missing_keys"]) - (set() if policy else {"score.weight"}))
@@ -124,3 +141,11 @@ def _weights(kind, source, notes: list[str], **options):
     if values:
         notes.append(f"A value head ({values[0]}) beside the model's weights was left out.")
     return model
+
+
+def _refuse_codes(file: Path) -> None:
+    """Weights that are kept as whole numbers are codes of a quantisation: read as they are, they would be noise."""
+    with safe_open(file, "pt") as weights:
+        kinds = {name: weights.get_slice(name).get_dtype() for name in weights.keys()}
+    if wrong := [name for name, kind in kinds.items() if name.endswith(".weight") and kind[0] in "IU"]:
+        raise ValueError(f"{wrong[0]} holds codes of type {kinds[wrong[0]]}, and nothing says how to read them")

@@ -5,10 +5,11 @@ a system turn) each turn as ``\\x1e`` role ``\\x1f`` content, which ``join_turns
 Responses are the text of one assistant turn."""
 
 from alignlens.preferences.formatting import Encoded, Formatter, collate
-from alignlens.preferences.loading import COLUMNS, SUFFIXES, describe_report, load_pairs
+from alignlens.preferences.loading import COLUMNS, NOTED, describe_report, load_pairs
 from alignlens.preferences.prompts import SPLITS, check_folds, join_turns, prompt_id, split_by_prompt, split_hash, turns
+from alignlens.preferences.reading import SUFFIXES, is_local
 
 __all__ = [
-    "COLUMNS", "SPLITS", "SUFFIXES", "Encoded", "Formatter", "check_folds", "collate", "describe_report", "join_turns",
-    "load_pairs", "prompt_id", "split_by_prompt", "split_hash", "turns",
+    "COLUMNS", "NOTED", "SPLITS", "SUFFIXES", "Encoded", "Formatter", "check_folds", "collate", "describe_report",
+    "is_local", "join_turns", "load_pairs", "prompt_id", "split_by_prompt", "split_hash", "turns",
 ]  # fmt: skip

@@ -68,8 +68,8 @@ class Formatter:
     prompt ids + response ids are the tokens of the rendered conversation up to and including the end-of-turn token, and
     the prompt ids are what generation starts from. Thinking is switched off, and an empty thinking block belongs to the
     prompt; where an answer holds a reasoning trace (``</think>``) thinking is on, and the trace belongs to the answer,
-    as in generation, also if the template would leave it out. Templates that print today's date get a fixed one.
-    Nothing is ever cut.
+    as in generation, also if the template would leave it out. An end-of-turn token that is written out at the end of an
+    answer is taken off. Templates that print today's date get a fixed one. Nothing is ever cut.
     max_length : most tokens of prompt and response together; None for no limit.
     template : "chat" uses the tokenizer's chat template; "plain" writes each turn and a blank line (BOS first if the
     tokenizer itself adds it, end of sequence last); "auto" is chat where there is a template.
@@ -90,6 +90,7 @@ class Formatter:
         self._integers = list(range(max(tokenizer.get_vocab().values()) + 1))  # shared: 8 bytes a token, not 36
         self._bos, self._chat, self._lead, self._unrendered, self._end_text = [], "", "", "", ""
         self.end_id, self._end_ids = tokenizer.eos_token_id, [tokenizer.eos_token_id]
+        self._ends = [tokenizer.eos_token or "\n"]  # tokens that end an answer, as some files write them out
         if self.template == "chat":
             self._learn_template()
         elif (first := tokenizer("a")["input_ids"][:1]) == [tokenizer.bos_token_id]:
@@ -121,6 +122,7 @@ class Formatter:
         if end := self._special.search(self._after):
             self._end_text, self._end_ids = self._after[: end.end()], []
             self.end_id = self.tokenizer.convert_tokens_to_ids(end.group())
+            self._ends.append(end.group())
         _usable(self._encode([question], [answer])[0])
 
     def _choose_pad(self):
@@ -173,6 +175,7 @@ class Formatter:
     def _encode(self, prompts, responses, thinking=None):
         """(prompt ids, response ids) of each conversation, or the Unusable that says why not. thinking : of each, by
         default whether its response holds a trace."""
+        responses = [self._bare(text) for text in responses]
         thinking = [THOUGHT in text for text in responses] if thinking is None else thinking
         asked = list(zip(prompts, responses, thinking, strict=True))
         heads = {key: _unless(self._prompt_text, *key) for key in dict.fromkeys(zip(prompts, thinking, strict=True))}
@@ -183,6 +186,11 @@ class Formatter:
             text if isinstance(text, Unusable) else self._cut(p, r, heads[p, t], ids)
             for (p, r, t), text, ids in zip(asked, texts, whole, strict=True)
         ]
+
+    def _bare(self, response):
+        """The response without an end-of-turn token that is written out behind it."""
+        text = response.rstrip()
+        return next((text.removesuffix(end) for end in self._ends if text.endswith(end) and text != end), response)
 
     def _cut(self, prompt, response, head, whole):
         if found := self._special.search(f"{prompt}\n{response}"):
@@ -237,8 +245,10 @@ class Formatter:
         kept = np.array([bad is None for bad in problems], bool)
         kinds = Counter(bad.kind for bad in problems if bad)
         report = {"pairs": len(rows), "kept": int(kept.sum())} | {kind: kinds[kind] for kind in DROPPED}
-        if any(thinking):
-            report["thinking"] = sum(thinking)
+        ended = [
+            self._bare(one) != one or self._bare(other) != other for one, other in zip(chosen, rejected, strict=True)
+        ]
+        report |= {name: sum(found) for name, found in {"thinking": thinking, "end_token": ended}.items() if any(found)}
         if lengths:
             report |= {"median_tokens": int(np.median(lengths)), "longest_tokens": max(lengths)}
         if not kept.any():

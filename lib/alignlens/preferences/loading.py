@@ -1,119 +1,82 @@
 """Pairs from files, hub data sets and tables: read, checked row by row, drawn, and what was dropped counted."""
 
 import hashlib
-import json
 from collections import Counter
-from pathlib import Path
 
 import pandas as pd
 
 from alignlens.core.errors import PreferenceError
+from alignlens.preferences.layouts import Layout, judge_labels
 from alignlens.preferences.prompts import prompt_id, require_count
-from alignlens.preferences.rows import COMPLETIONS, PAIRS, SHAPES, BadRow, read_row
+from alignlens.preferences.reading import read_source
+from alignlens.preferences.rows import COMPLETIONS, BadRow, Reader
 
 COLUMNS = ["prompt", "chosen", "rejected", "prompt_id"]
-
-
-def _read_json(path):
-    """A list of objects, or one object a line."""
-    content = path.read_text(encoding="utf-8-sig")
-    if path.suffix == ".json" and content.lstrip().startswith("["):
-        return _places(json.loads(content))
-    # split("\n"), not splitlines(): that one also breaks at \x1e and at unicode line ends inside texts
-    return [(f"line {n}", _read_line(line)) for n, line in enumerate(content.split("\n"), 1) if line.strip()]
-
-
-def _read_line(line):
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        return BadRow("broken_json", None, f"broken JSON ({error.msg} at column {error.colno})")
-
-
-def _read_csv(path):
-    text = dict.fromkeys((*PAIRS, "completion"), str)  # "NA" or "12" are text, not a missing value or a number
-    return pd.read_csv(path, dtype=text, keep_default_na=False)
-
-
-def _read_hub(name, split):
-    import datasets  # noqa: PLC0415  slow to import, and needed for the hub only
-
-    name, _, revision = name.partition("@")
-    return datasets.load_dataset(name, split=split, revision=revision or None).to_pandas()
-
-
-READERS = {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".parquet": pd.read_parquet}
-SUFFIXES = tuple(READERS)
-
-
-def _places(rows):
-    return [(f"row {number}", row) for number, row in enumerate(rows, 1)]
-
-
-def _read_source(source, split):
-    """Name of the source and its rows."""
-    if isinstance(source, pd.DataFrame):
-        return "DataFrame", _places(source.to_dict("records"))
-    name, path = str(source), Path(source)
-    if path.suffix in READERS and not path.is_file():
-        raise PreferenceError(f"{name}: no such file. Give an existing {', '.join(SUFFIXES)} file or a hub id.")
-    try:
-        found = READERS[path.suffix](path) if path.suffix in READERS else _read_hub(name, split)
-    except Exception as error:  # readers and the hub raise many unrelated types; the user needs one clear sentence
-        advice = f"Give a table, a {', '.join(SUFFIXES)} file, or a hub id whose data set has a split {split!r}."
-        raise PreferenceError(f"{name}: cannot be read ({type(error).__name__}: {error}). {advice}") from error
-    return name, found if isinstance(found, list) else _places(found.to_dict("records"))
 
 
 def load_pairs(source, *, limit=None, max_chars=None, split="train", on_bad="refuse"):
     """Preference pairs from a file, a hub data set or a table, checked row by row.
 
-    source : path of a .jsonl, .json, .csv or .parquet file; a hub data set id (``org/name`` or ``org/name@revision``)
-    or a local data set folder; or a DataFrame. Columns: ``prompt, chosen, rejected`` or ``prompt, completion, label``.
-    Texts are strings or message lists. Prompt turns repeated in ``chosen`` and ``rejected`` are taken off, and stand in
-    for a missing prompt. A list of rejected answers makes one pair each. Labelled completions (KTO) are paired within
-    their prompt, desirable with undesirable in the order of a content hash, each used at most once; their extra columns
-    come twice, ``*_chosen`` and ``*_rejected``.
+    source : a .jsonl, .json, .csv, .tsv or .parquet file (also as .gz, .bz2, .xz), a folder of them or one that
+    ``datasets`` saved, a glob, a list of files or of dicts, a DataFrame, a ``Dataset``, or a hub id (``org/name`` or
+    ``org/name@revision``). Columns: ``prompt, chosen, rejected`` or ``prompt, completion, label``, or another of the
+    ``layouts``.
+    Texts are strings or message lists, also as JSON or Python text. Both answers must have one prompt; turns that they
+    repeat of it are taken off, or stand in for a missing one. Conversations are compared at the first assistant turn in
+    which they differ, and what follows is left off. A text is a dialogue ("Human: ... Assistant: ..."), or begins with
+    its prompt, which is taken off, only if most rows of the file do so. A list of rejected answers makes one pair each.
+    Labelled completions (KTO) are paired within their prompt, desirable with undesirable in the order of a content
+    hash, each used at most once; their extra columns come twice, ``*_chosen`` and ``*_rejected``.
     limit : at most this many pairs, as whole prompts in the order of ``prompt_id`` (a hash), so that a smaller limit
-    gives a subset. max_chars : pairs with a longer prompt (all its turns) or answer are dropped. split : of a data set.
-    on_bad : "refuse" raises on unusable rows, "drop" leaves them out and counts them.
+    gives a subset. max_chars : pairs with a longer prompt (all its turns) or answer are dropped. split : of a data set,
+    or of a folder whose file names tell it; the only one if there is one.
+    on_bad : "refuse" raises on unusable rows, among them those that the file marks as invalid or tied; "drop" leaves
+    them out and counts them. Pairs whose own scores contradict them or are equal are kept and counted.
     Returns ``prompt, chosen, rejected, prompt_id``, then the extra columns, in file order. ``attrs["report"]`` counts
-    what was dropped and why (see ``describe_report``). Exact duplicates are dropped; contradictory pairs (the same two
-    answers, swapped) are kept and counted. Raises PreferenceError naming source, row (line of a .jsonl) and field."""
+    what was dropped and why, and what was done to read the file (keys in ``NOTED``; see ``describe_report``). Exact
+    duplicates are dropped; contradictory pairs (the same two answers, swapped) are kept and counted. Raises
+    PreferenceError naming source, row (line of a .jsonl) and field."""
     require_count(limit, "limit")
     require_count(max_chars, "max_chars")
     if on_bad not in ("refuse", "drop"):
         raise PreferenceError(f"on_bad={on_bad!r}: choose 'refuse' or 'drop'.")
-    name, rows = _read_source(source, split)
-    columns = dict.fromkeys(column for _, row in rows if isinstance(row, dict) for column in row)
-    fields = next((fields for fields in SHAPES if {*fields[1:]} <= columns.keys()), None if columns else PAIRS)
-    if fields is None:
-        missing = " and no column ".join(repr(column) for column in PAIRS[1:] if column not in columns)
-        advice = "Name them prompt, chosen, rejected (or prompt, completion, label)."
-        raise PreferenceError(f"{name}: no column {missing}; it has {', '.join(map(str, columns))}. {advice}")
-    extra = [column for column in columns if column not in (*COLUMNS, *fields)]
-    records, problems = [], []
-    for place, row in rows:
-        try:
-            records += [found | {column: row.get(column) for column in extra} for found in read_row(row, fields)]
-        except BadRow as bad:
-            problems.append((place, bad))
+    name, rows = read_source(source, split)
+    layout = Layout(name, [row for _, row in rows])
+    cells = [_try(layout.cells, row) for _, row in rows]
+    reader = Reader(layout.fields, [cell for cell in cells if isinstance(cell, dict)])
+    read = [_try(reader.read, cell) for cell in cells]
+    problems = [(place, bad) for (place, _), bad in zip(rows, read, strict=True) if isinstance(bad, BadRow)]
     if problems and on_bad == "refuse":
         shown = "; ".join(f"{place}, {bad}" for place, bad in problems[:5])
         advice = "Mend them, or pass on_bad='drop' to leave them out and count them."
         raise PreferenceError(f"{name}: {len(problems)} of {len(rows)} rows cannot be used. {shown}. {advice}")
-    report = {"source": name, "rows": len(rows)}
-    report |= {f"bad_{kind}": count for kind, count in sorted(Counter(bad.kind for _, bad in problems).items())}
-    pairs = pd.DataFrame(records, columns=[*fields, *extra])
+    bad, done, records = Counter(f"bad_{problem.kind}" for _, problem in problems), Counter(), []
+    for (_, row), found in zip(rows, read, strict=True):
+        if not isinstance(found, BadRow):
+            records += [pair | {column: row.get(column) for column in layout.others} for pair in found[0]]
+            done.update(found[1])
+    report = {"source": name, "rows": len(rows), **dict(sorted(bad.items())), **dict(sorted(done.items()))}
+    if words := layout.words:
+        report["columns_read"] = words
+    pairs = pd.DataFrame(records, columns=[*layout.fields, *layout.others])
     pairs["prompt_id"] = pairs["prompt"].map({text: prompt_id(text) for text in pairs["prompt"].unique()})
-    if fields == COMPLETIONS:
+    if layout.fields == COMPLETIONS:
         pairs = _pair_completions(pairs, report)
     pairs = _select(pairs, limit, max_chars, report)
     if pairs.empty:
         raise PreferenceError(f"{name}: no pair is left. {', '.join(f'{words}: {n}' for words, n in _counts(report))}")
+    judge_labels(pairs, layout.others, report)
     pairs = pairs[[*COLUMNS, *(column for column in pairs if column not in COLUMNS)]].reset_index(drop=True)
     pairs.attrs["report"] = report
     return pairs
+
+
+def _try(step, row):
+    """A step of reading a row, or the BadRow that it met there or before."""
+    try:
+        return row if isinstance(row, BadRow) else step(row)
+    except BadRow as bad:
+        return bad
 
 
 def _drop(rows, bad, name, report):
@@ -126,16 +89,18 @@ def _pair_completions(rows, report):
     """Pairs from labelled completions, within a prompt, each completion used once, in the order of a content hash."""
     rows = _drop(rows, rows.duplicated(["prompt_id", "completion", "label"]), "repeated_completion", report)
     rows = _drop(rows, rows.duplicated(["prompt_id", "completion"], keep=False), "both_labels", report)
-    rows = rows.rename_axis("position").reset_index()
-    rows["order"] = [hashlib.blake2b(text.encode()).hexdigest() for text in rows["completion"]]
-    rows = rows.sort_values(["order", "position"])
-    rows["rank"] = rows.groupby(["prompt_id", "label"]).cumcount()
-    good, bad = (rows[rows["label"] == label].drop(columns=["label", "order"]) for label in (True, False))
-    pairs = good.merge(bad, on=["prompt_id", "rank"], suffixes=("_chosen", "_rejected")).sort_values("position_chosen")
+    # names that no column of a file has
+    place, order, rank = "\x1eplace", "\x1eorder", "\x1erank"
+    rows = rows.rename_axis(place).reset_index()
+    rows[order] = [hashlib.blake2b(text.encode()).hexdigest() for text in rows["completion"]]
+    rows = rows.sort_values([order, place])
+    rows[rank] = rows.groupby(["prompt_id", "label"]).cumcount()
+    good, bad = (rows[rows["label"] == label].drop(columns=["label", order]) for label in (True, False))
+    pairs = good.merge(bad, on=["prompt_id", rank], suffixes=("_chosen", "_rejected")).sort_values(f"{place}_chosen")
     report["prompts_with_one_label"] = int(rows["prompt_id"].nunique() - pairs["prompt_id"].nunique())
     report["unpaired_completion"] = len(rows) - 2 * len(pairs)
     names = {"prompt_chosen": "prompt", "completion_chosen": "chosen", "completion_rejected": "rejected"}
-    return pairs.rename(columns=names).drop(columns=["rank", "prompt_rejected", "position_chosen", "position_rejected"])
+    return pairs.rename(columns=names).drop(columns=[rank, "prompt_rejected", f"{place}_chosen", f"{place}_rejected"])
 
 
 def _select(pairs, limit, max_chars, report):
@@ -156,22 +121,38 @@ REPORT_WORDS = {
     "rows": "rows read", "bad_missing": "rows dropped: a field is missing",
     "bad_empty": "rows dropped: a field is empty", "bad_not_text": "rows dropped: a field is not text",
     "bad_turns": "rows dropped: message list not usable", "bad_equal": "rows dropped: chosen equals rejected",
-    "bad_label": "rows dropped: label is not true or false", "bad_broken_json": "rows dropped: broken JSON",
+    "bad_label": "rows dropped: label cannot be read", "bad_broken_json": "rows dropped: broken JSON",
+    "bad_invalid": "rows dropped: the file itself marks them", "bad_tie": "rows dropped: no answer is preferred",
     "repeated_completion": "repeated completions dropped", "both_labels": "completions dropped: labelled both ways",
     "prompts_with_one_label": "prompts dropped: only one label",
     "unpaired_completion": "completions left without a partner", "duplicate": "duplicate pairs dropped",
     "too_long": "pairs dropped: longer than max_chars", "over_limit": "pairs not drawn: over the limit",
     "contradictory": "contradictory pairs kept (same answers, swapped)", "pairs": "pairs", "prompts": "prompts",
 }  # fmt: skip
+# What was done to read a file, and what it says of its labels: nothing was dropped for it.
+NOTED = {
+    "messages_spelled": "rows whose message lists were given as text",
+    "dialogue_text": "rows read from texts such as Human: ... Assistant: ...",
+    "prompt_taken_off": "rows whose answers began with the prompt, which was taken off",
+    "input_joined": "rows whose input was joined to the prompt",
+    "system_joined": "rows with a system turn from its column",
+    "history_joined": "rows with earlier turns from the column history",
+    "one_sided": "rows whose conversation stands in one of the answers only",
+    "later_turns": "rows whose turns after the compared answers were left off",
+    "scores_contradict": "pairs kept whose own scores say otherwise",
+    "scores_equal": "pairs kept whose own scores are equal",
+    "label_columns": "columns about how sure the labels are", "columns_read": "columns read",
+}  # fmt: skip
 
 
 def _counts(report):
     """(words, count) of all that was counted, zeros left out."""
-    return [(words, report[key]) for key, words in REPORT_WORDS.items() if report.get(key)]
+    return [(words, report[key]) for key, words in (REPORT_WORDS | NOTED).items() if report.get(key)]
 
 
 def describe_report(pairs):
     """The loading report of ``load_pairs`` as lines of text, one count a line, zeros left out."""
     if (report := pairs.attrs.get("report")) is None:
         raise PreferenceError("this table has no loading report: load it with load_pairs.")
-    return "\n".join([report["source"], *(f"{count:>8,}  {words}" for words, count in _counts(report))])
+    lines = [f"{n:>8,}  {words}" if isinstance(n, int) else f"{words}: {n}" for words, n in _counts(report)]
+    return "\n".join([report["source"], *lines])

@@ -5,6 +5,7 @@ where it stopped, and two studies can share a store."""
 
 from __future__ import annotations
 
+import glob
 from functools import cached_property
 from pathlib import Path
 
@@ -285,9 +286,9 @@ class Study:
 def _existing(path: str) -> Path | None:
     """The local file or folder that a parameter names, from the working directory or the project's folder."""
     for candidate in (Path(path).expanduser(), Path(settings.place(path))):
-        if candidate.exists():
+        if candidate.exists() or any(glob.iglob(str(candidate))):
             return candidate.absolute()
-    if path.startswith((".", "/", "~")) or path.endswith((".jsonl", ".json", ".csv", ".parquet")):
+    if preferences.is_local(path):
         raise PreferenceError(
             f"{path} does not exist, neither from the working directory nor from the project's folder"
         )

@@ -1,0 +1,189 @@
+"""From a source (file, folder, glob, hub data set, table, list) to its rows, each with the place that names it."""
+
+import bz2
+import codecs
+import glob
+import gzip
+import io
+import json
+import lzma
+import os
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import pandas as pd
+import pyarrow
+import pyarrow.parquet
+
+from alignlens.core.errors import PreferenceError
+from alignlens.preferences.layouts import TEXT_COLUMNS
+from alignlens.preferences.rows import BadRow
+
+UNPACK = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "eval": "test"}
+SPLIT_WORDS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+
+
+def _read_json(content):
+    """A list of objects, one object that may hold the list, or one object a line."""
+    wide = content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # as spreadsheets on Windows write
+    text = io.TextIOWrapper(io.BytesIO(content), "utf-16" if wide else "utf-8-sig").read()
+    try:
+        found = json.loads(text)
+    except ValueError:
+        if re.match(r"\s*\[\s*[{\]]", text):
+            raise
+        # split("\n"), not splitlines(): that one also breaks at \x1e and at unicode line ends inside texts
+        return [(f"line {n}", _read_line(line)) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if isinstance(found, dict) and len(found) == 1 and isinstance(*found.values(), list):
+        [found] = found.values()
+    return found if isinstance(found, list) else [("line 1", found)]
+
+
+def _read_line(line):
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:  # ValueError also of a number of thousands of digits
+        words = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+        return BadRow("broken_json", None, f"broken JSON ({words})")
+
+
+def _read_csv(content, separator=","):
+    header = pd.read_csv(io.BytesIO(content), sep=separator, nrows=0, index_col=False).columns
+    text = {column: str for column in header if column.strip().lower() in TEXT_COLUMNS}  # there "NA" and "12" are texts
+    options = {"sep": separator, "dtype": text, "keep_default_na": False, "index_col": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)  # rows with more fields than the header would lose them
+        return pd.read_csv(io.BytesIO(content), **options)
+
+
+def _read_parquet(content):
+    table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
+    if b'"Json"' not in (table.schema.metadata or {}).get(b"huggingface", b""):
+        return table.to_pandas()
+    import datasets  # noqa: PLC0415  slow to import; it alone reads back what its JSON columns hold
+
+    return datasets.Dataset(table).to_pandas()
+
+
+READERS = {
+    ".jsonl": _read_json, ".json": _read_json, ".ndjson": _read_json, ".csv": _read_csv,
+    ".tsv": lambda content: _read_csv(content, "\t"), ".parquet": _read_parquet,
+}  # fmt: skip
+SUFFIXES = tuple(READERS)
+ADVICE = f"Give a table, a {', '.join(SUFFIXES)} file (also as .gz, .bz2 or .xz), a folder or glob of them, or a hub id"
+
+
+def _suffix(path):
+    """The suffix in lower case without that of its packing, and what opens the file."""
+    name = Path(str(path).lower())
+    packed = name.suffix in UNPACK
+    return Path(name.stem).suffix if packed else name.suffix, UNPACK[name.suffix] if packed else open
+
+
+def is_local(source):
+    """Whether a source of pairs is meant to be here (a path, a glob, a table) rather than a data set on the hub."""
+    if not isinstance(source, str):
+        return True
+    path = os.path.expanduser(source)
+    looks = path.startswith((".", "/")) or path.count("/") > 1 or glob.has_magic(path)
+    known = path.lower().endswith((*READERS, *UNPACK, ".txt", ".xlsx", ".zip", ".pkl", ".arrow"))
+    return known or os.path.exists(path) or (looks and "://" not in path)
+
+
+def _one_split(splits, wanted):
+    """The split that was asked for, or the only one there is."""
+    name = next((name for name in (f"{wanted}_prefs", wanted) if name in splits), None)
+    if name is None and len(splits) != 1:
+        raise PreferenceError(f"no split {wanted!r}; it has {', '.join(map(str, splits)) or 'none'}. Give split=")
+    return splits[name or next(iter(splits))]
+
+
+def _folder(path):
+    """The files of a folder that can be read, by the split that their names tell."""
+    splits = {}
+    for file in sorted(path.rglob("*")):
+        inside = str(file.relative_to(path)).lower()
+        if _suffix(file)[0] in READERS and not re.search(r"(^|/)(\.|dataset_info)", inside):
+            words = re.findall("[a-z]+", inside)
+            split = next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "")
+            splits.setdefault(split + "_prefs" * ("prefs" in words), []).append(file)
+    if not splits:
+        raise PreferenceError(f"the folder holds no file that can be read. {ADVICE}")
+    return splits
+
+
+def _read_path(source, split):
+    """The (place, row) list of a file; for any other path what it stands for: a data set, or a list of files."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        suffix, opened = _suffix(path)
+        if suffix not in READERS:
+            raise PreferenceError(f"files that end in {path.suffix!r} cannot be read. {ADVICE}")
+        with opened(path, "rb") as file:
+            return READERS[suffix](file.read())
+    saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    if path.is_dir() and not saved:
+        return _one_split(_folder(path), split)
+    if not saved and (found := sorted(glob.glob(str(path), recursive=True))):
+        return found
+    if not saved and is_local(source):
+        raise PreferenceError(f"no such file. Give an existing {', '.join(SUFFIXES)} file or a hub id")
+    import datasets  # noqa: PLC0415  slow to import, and needed for data sets only
+
+    if saved:
+        return datasets.load_from_disk(path)
+    name, _, revision = source.partition("@")
+    try:
+        return datasets.load_dataset(name, split=split, revision=revision or None)
+    except ValueError as error:
+        if f"{split}_prefs" not in str(error):  # as some call the pairs beside texts for fine-tuning
+            raise
+        return datasets.load_dataset(name, split=f"{split}_prefs", revision=revision or None)
+
+
+def _read(source, split):
+    """(place, row) of the rows of any source."""
+    if isinstance(source, str | Path):
+        source = _read_path(source, split)
+    if hasattr(source, "to_pandas"):  # a Dataset, a polars or an Arrow table
+        source = source.to_pandas()
+    if isinstance(source, Mapping) and not all(isinstance(values, list) for values in source.values()):
+        return _read(_one_split(source, split), split)
+    if isinstance(source, Mapping):
+        source = pd.DataFrame(dict(source))
+    if isinstance(source, pd.DataFrame):
+        if len(set(map(str, source.columns))) < len(source.columns):
+            raise PreferenceError(f"two columns have one name: {', '.join(map(str, source.columns))}. Rename one")
+        source = source.to_dict("records")
+    if not isinstance(source, Iterable) or isinstance(source, bytes):
+        raise PreferenceError(ADVICE)
+    rows = []
+    for number, item in enumerate(source, 1):
+        if isinstance(item, str | Path):
+            rows += [(f"{Path(item).name} {place}", row) for place, row in _read(item, split)]
+        else:
+            rows.append(item if isinstance(item, tuple) and len(item) == 2 else (f"row {number}", item))
+    return rows
+
+
+def _named(row):
+    """A row whose columns are called by text that can be written."""
+    named = isinstance(row, Mapping)
+    return {str(name).encode(errors="replace").decode(): value for name, value in row.items()} if named else row
+
+
+def read_source(source, split):
+    """The name of a source and (place, row) of each of its rows, a row being a dict, or a BadRow where it is broken.
+
+    Raises PreferenceError, which names the source, for what cannot be read."""
+    name = str(source) if isinstance(source, str | Path) else type(source).__name__
+    try:
+        return name, [(place, _named(row)) for place, row in _read(source, split)]
+    except PreferenceError as error:
+        raise PreferenceError(f"{name}: {error}.") from error
+    except Exception as error:  # readers and the hub raise many unrelated types; the user needs one clear sentence
+        has = f"{ADVICE} whose data set has a split {split!r}."
+        raise PreferenceError(f"{name}: cannot be read ({type(error).__name__}: {error}). {has}") from error
