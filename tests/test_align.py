@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig
 from transformers.generation import GenerationMixin
 
 from alignlens import align, models
-from alignlens.align import Recipe, trainers
+from alignlens.align import Recipe, resuming, trainers
 from alignlens.align.trainers import Run
 from alignlens.align.training import _formatter
 from alignlens.core import settings
@@ -30,14 +30,15 @@ CURVES = {
 }  # fmt: skip
 
 
-def run(folder, micro, method, *, reward=None, heldout=None, **changes):
+def run(folder, micro, method, *, reward=None, heldout=None, resumable=None, **changes):
     """Train a variant of the micro base; its adapter, its curves and what ``train`` said."""
     folder.mkdir(exist_ok=True)
     reward = utility if reward is None and method in align.ONLINE else reward
     recipe = micro.recipe(method, **changes)
     facts = align.train(
-        folder, micro.folder, micro.train, micro.heldout if heldout is None else heldout, recipe, reward=reward
-    )
+        folder, micro.folder, micro.train, micro.heldout if heldout is None else heldout, recipe, reward=reward,
+        resumable=resumable,
+    )  # fmt: skip
     return SimpleNamespace(
         adapter=load_file(folder / "adapter_model.safetensors"),
         bytes=(folder / "adapter_model.safetensors").read_bytes(),
@@ -618,3 +619,47 @@ def test_an_architecture_without_known_projections_is_refused(micro):
     model.config = SimpleNamespace(model_type="strange")
     with pytest.raises(AlignError, match="strange has none of the attention projections"):
         trainers.lora(micro.recipe("dpo"), model)
+
+
+# --- killed and gone on ---------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_at(monkeypatch, step):
+    """Save at every check, and die right after the one of this step."""
+    save = resuming.Resumable._save
+
+    def dying(self, *_, **__):
+        save(self)
+        if self.trainer.state.global_step == step:
+            raise Killed
+
+    monkeypatch.setattr(resuming, "EVERY", 0)
+    monkeypatch.setattr(resuming.Resumable, "_save", dying)
+
+
+LONG = {"steps": 7, "check_every": 2, "response_tokens": 8, "lora_dropout": 0.1, "check_prompts": 4}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_run_goes_on_to_the_same_adapter(micro, method, reward, tmp_path, monkeypatch):
+    """Bit for bit, over several passes of few pairs: weights, optimiser, order of data, dropout, samples and curves."""
+    few = dataclasses.replace(micro, train=micro.train.head(20))
+    judge = models.load_reward(micro.folder, reward) if method == "ppo" else None
+    options = {"options": {"num_generations": 2}} if method == "grpo" else {}
+    whole = run(tmp_path / "whole", few, method, reward=judge, **LONG, **options)
+    working = tmp_path / "working"
+    for step in (2, 6):  # killed twice: within a pass over the data and later
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            killed_at(patch, step)
+            run(tmp_path / "rest", few, method, reward=judge, resumable=working, **LONG, **options)
+    steps, measure = [], align.Monitor._measure
+    monkeypatch.setattr(align.Monitor, "_measure", lambda self, step: steps.append(step) or measure(self, step))
+    rest = run(tmp_path / "rest", few, method, reward=judge, resumable=working, **LONG, **options)
+    assert steps == [7], "what was done before the kill is not done again"
+    assert rest.bytes == whole.bytes
+    assert rest.facts == whole.facts
+    pd.testing.assert_frame_equal(rest.curves, whole.curves)

@@ -1,6 +1,7 @@
 """Train a variant or a reward model, and save its adapter."""
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from alignlens import models
+from alignlens.align import resuming
 from alignlens.align.monitor import DoseReached, Monitor
 from alignlens.align.recipe import ONLINE, Recipe
 from alignlens.align.trainers import TRAINERS, Run
@@ -19,13 +21,15 @@ from alignlens.preferences import Formatter
 
 
 def train(
-    folder: Path, base, pairs, heldout, recipe: Recipe, *, reward=None, device="cpu", trust_remote_code=False
-) -> dict:
+    folder: Path, base, pairs, heldout, recipe: Recipe, *, reward=None, device="cpu", trust_remote_code=False,
+    resumable: Path | None = None,
+) -> dict:  # fmt: skip
     """Train one variant of ``base`` and save its adapter (half precision) and its curves into ``folder``.
 
     base : hub id or local folder of the parent.
     pairs, heldout : DataFrames prompt, chosen, rejected; ``heldout`` prompts are never trained on.
     reward : for ppo and grpo: a reward model (``models.load_reward``), or a function of (prompts, responses) -> values.
+    resumable : folder of this run alone, see ``resuming``: a killed run goes on from it, to the same adapter.
     Returns dict: steps, dose (mean KL per response, nats) with standard error, stopped_by ("dose" or "last step"),
     pairs used and dropped.
     Raises AlignError for an unknown method, a missing reward, no usable pairs, or a run that diverges."""
@@ -35,20 +39,21 @@ def train(
     format = _formatter(tokenizer, recipe.max_length)
     model.config.pad_token_id = model.generation_config.pad_token_id = format.pad_id
     encoded = format.encode_pairs(pairs)
-    monitor = Monitor(recipe, format, format.encode_pairs(heldout))
+    monitor, kept = Monitor(recipe, format, format.encode_pairs(heldout)), resuming.read(resumable)
     torch.manual_seed(recipe.seed)
     np.random.seed(recipe.seed)  # noqa: NPY002 - TRL's PPO shuffles with NumPy's global state
     with tempfile.TemporaryDirectory() as workdir, models.quietly():
         monitor.trainer = trainer = TRAINERS[recipe.method](Run(recipe, model, format, encoded, workdir, reward))
         trainer.add_callback(monitor)
         try:
-            monitor.check(0)
-            trainer.train()
+            resuming.Resumable(trainer, recipe, resumable, kept, monitor).train()
         except DoseReached:
             pass
         except (RuntimeError, ValueError) as error:
             # what sampling from a broken policy says, or measuring it
             if "probability tensor" in str(error) or "infs or NaNs" in str(error):
+                if resumable:
+                    shutil.rmtree(resumable)  # it would break again
                 step, rate = trainer.state.global_step, f"lower the learning rate, now {recipe.learning_rate}"
                 raise AlignError(f"{recipe.method}: training diverged by step {step}; {rate}") from error
             raise
@@ -61,11 +66,13 @@ def train(
     }  # fmt: skip
 
 
-def train_reward(folder: Path, base, pairs, recipe: Recipe, *, device="cpu", trust_remote_code=False) -> dict:
+def train_reward(
+    folder: Path, base, pairs, recipe: Recipe, *, device="cpu", trust_remote_code=False, resumable: Path | None = None
+) -> dict:
     """Train a reward model (adapter and score head on ``base``) on pairs, and save it into ``folder``.
 
-    ``pairs`` : DataFrame prompt, chosen, rejected, prompt_id; a fifth of the prompts is held out. Returns accuracy on
-    them and its standard error, and the number of pairs.
+    ``pairs`` : DataFrame prompt, chosen, rejected, prompt_id; a fifth of the prompts is held out. ``resumable`` : as for
+    ``train``. Returns accuracy on them and its standard error, and the number of pairs.
     Raises AlignError when there are too few prompts to hold any out."""
     ids = pairs.prompt_id.drop_duplicates().sort_values()
     held = ids.iloc[np.random.default_rng(recipe.seed).permutation(len(ids))[: int(0.2 * len(ids))]]
@@ -79,9 +86,10 @@ def train_reward(folder: Path, base, pairs, recipe: Recipe, *, device="cpu", tru
     models.check(model, format.tokenizer, base)
     model.config.pad_token_id = format.pad_id
     torch.nn.init.zeros_(model.score.weight)
+    kept = resuming.read(resumable)
     with tempfile.TemporaryDirectory() as workdir, models.quietly():
         trainer = TRAINERS["reward"](Run(recipe, model, format, trained, workdir))
-        trainer.train()
+        resuming.Resumable(trainer, recipe, resumable, kept).train()
         policy = trainer.accelerator.unwrap_model(trainer.model).eval()
     answers, pad = (tested.chosen_ids, tested.rejected_ids), format.pad_id
     chosen, rejected = (models.rewards(policy, tested.prompt_ids, ids, pad_id=pad) for ids in answers)
