@@ -71,8 +71,8 @@ def train_reward(
 ) -> dict:
     """Train a reward model (adapter and score head on ``base``) on pairs, and save it into ``folder``.
 
-    ``pairs`` : DataFrame prompt, chosen, rejected, prompt_id; a fifth of the prompts is held out. ``resumable`` : as for
-    ``train``. Returns accuracy on them and its standard error, and the number of pairs.
+    ``pairs`` : DataFrame prompt, chosen, rejected, prompt_id; a fifth of the prompts is held out. ``resumable`` : as
+    for ``train``. Returns accuracy on them and its standard error, and the number of pairs.
     Raises AlignError when there are too few prompts to hold any out."""
     ids = pairs.prompt_id.drop_duplicates().sort_values()
     held = ids.iloc[np.random.default_rng(recipe.seed).permutation(len(ids))[: int(0.2 * len(ids))]]

@@ -57,6 +57,10 @@ class Study:
         stage = STAGES[name]
         return self._once(name, args, lambda: Store.key(stage.kind, **stage.identity(self, *args)))
 
+    def working(self, name: str, *args) -> Path:
+        """Where a result that takes long keeps what it needs to go on after a kill."""
+        return self.store.working(self.key(name, *args))
+
     def make_all(self, *groups: str) -> None:
         """Make what these groups of stages hold ("variants", "probes", ..., or all), several results side by side.
 
