@@ -20,6 +20,28 @@ from alignlens.core.store import write_table
 from alignlens.preferences import Formatter
 
 
+class Limits(NamedTuple):
+    """Tokens at most: of a pair (prompt and one answer), of a prompt that is answered, of a sampled answer."""
+
+    pair: int
+    prompt: int
+    answer: int
+
+
+def limits(config, max_length: int, response_tokens: int) -> Limits:
+    """The lengths asked for, or what a model's context leaves of them: a sampled answer gets half of it at most."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    answer = min(response_tokens, context // 2)
+    return Limits(min(max_length, context), min(max_length, context - answer), answer)
+
+
+def fitting(format: Formatter, pairs, longest_prompt: int):
+    """The rows of ``pairs`` that the formatter keeps and whose prompt leaves room for a sampled answer."""
+    encoded = format.encode_pairs(pairs)
+    fits = [len(ids) <= longest_prompt for ids in encoded.prompt_ids]
+    return encoded, pairs[encoded.kept][fits]
+
+
 def train(
     folder: Path, base, pairs, heldout, recipe: Recipe, *, reward=None, device="cpu", trust_remote_code=False,
     resumable: Path | None = None,
@@ -36,10 +58,12 @@ def train(
     if recipe.method in ONLINE and reward is None:
         raise AlignError(f"{recipe.method} needs a reward: train a reward model on the reward split first")
     model, tokenizer = models.load(base, device=device, trust_remote_code=trust_remote_code)
-    format = _formatter(tokenizer, recipe.max_length)
+    most = limits(model.config, recipe.max_length, recipe.response_tokens)
+    recipe = replace(recipe, max_length=most.pair, response_tokens=most.answer)
+    format = _formatter(tokenizer, most.pair)
     model.config.pad_token_id = model.generation_config.pad_token_id = format.pad_id
-    encoded = format.encode_pairs(pairs)
-    monitor, kept = Monitor(recipe, format, format.encode_pairs(heldout)), resuming.read(resumable)
+    encoded, heldout = _encode(format, pairs, most.prompt), _encode(format, heldout, most.prompt)
+    monitor, kept = Monitor(recipe, format, heldout), resuming.read(resumable)
     torch.manual_seed(recipe.seed)
     np.random.seed(recipe.seed)  # noqa: NPY002 - TRL's PPO shuffles with NumPy's global state
     with tempfile.TemporaryDirectory() as workdir, models.quietly():
