@@ -1,9 +1,13 @@
 """Train a variant or a reward model, and save its adapter."""
 
 import json
+import math
 import shutil
 import tempfile
+from dataclasses import replace
+from itertools import compress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +21,9 @@ from alignlens.align.recipe import ONLINE, Recipe
 from alignlens.align.trainers import TRAINERS, Run
 from alignlens.core.errors import AlignError
 from alignlens.core.store import write_table
-from alignlens.preferences import Formatter
+from alignlens.preferences import Encoded, Formatter
+
+ANSWERS = ("chosen_ids", "rejected_ids")
 
 
 class Limits(NamedTuple):
@@ -35,11 +41,17 @@ def limits(config, max_length: int, response_tokens: int) -> Limits:
     return Limits(min(max_length, context), min(max_length, context - answer), answer)
 
 
-def fitting(format: Formatter, pairs, longest_prompt: int):
-    """The rows of ``pairs`` that the formatter keeps and whose prompt leaves room for a sampled answer."""
-    encoded = format.encode_pairs(pairs)
-    fits = [len(ids) <= longest_prompt for ids in encoded.prompt_ids]
-    return encoded, pairs[encoded.kept][fits]
+def answerable(encoded: Encoded, longest: int) -> Encoded:
+    """The pairs whose prompts have at most so many tokens, so that there is room for a sampled answer."""
+    fits = np.array([len(ids) <= longest for ids in encoded.prompt_ids])
+    if fits.all():
+        return encoded
+    if not fits.any():
+        raise AlignError(f"no prompt has at most {longest} tokens, and the model has no room to answer: shorten them")
+    lists = {name: list(compress(getattr(encoded, name), fits)) for name in ("prompts", "prompt_ids", *ANSWERS)}
+    kept, report = encoded.kept.copy(), {"kept": int(fits.sum()), "no_room_to_answer": int((~fits).sum())}
+    kept[kept] = fits
+    return replace(encoded, **lists, kept=kept, report=encoded.report | report, prompt_id=encoded.prompt_id[fits])
 
 
 def train(
@@ -62,7 +74,7 @@ def train(
     recipe = replace(recipe, max_length=most.pair, response_tokens=most.answer)
     format = _formatter(tokenizer, most.pair)
     model.config.pad_token_id = model.generation_config.pad_token_id = format.pad_id
-    encoded, heldout = _encode(format, pairs, most.prompt), _encode(format, heldout, most.prompt)
+    encoded, heldout = (answerable(format.encode_pairs(rows), most.prompt) for rows in (pairs, heldout))
     monitor, kept = Monitor(recipe, format, heldout), resuming.read(resumable)
     torch.manual_seed(recipe.seed)
     np.random.seed(recipe.seed)  # noqa: NPY002 - TRL's PPO shuffles with NumPy's global state
@@ -103,10 +115,11 @@ def train_reward(
     test = pairs.prompt_id.isin(held)
     if not 0 < test.sum() < len(pairs):
         raise AlignError(f"reward model: {len(ids)} prompts are too few to train on and to test; give more pairs")
-    format = _formatter(models.load_tokenizer(base, trust_remote_code=trust_remote_code), recipe.max_length)
-    trained, tested = format.encode_pairs(pairs[~test]), format.encode_pairs(pairs[test])
+    tokenizer = models.load_tokenizer(base, trust_remote_code=trust_remote_code)
     torch.manual_seed(recipe.seed)
     model = models.score_model(base, trust_remote_code=trust_remote_code).to(device)
+    format = _formatter(tokenizer, limits(model.config, recipe.max_length, recipe.response_tokens).pair)
+    trained, tested = format.encode_pairs(pairs[~test]), format.encode_pairs(pairs[test])
     models.check(model, format.tokenizer, base)
     model.config.pad_token_id = format.pad_id
     torch.nn.init.zeros_(model.score.weight)

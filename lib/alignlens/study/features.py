@@ -149,7 +149,7 @@ class Latents(Stage):
         return saes | {"tokens": s.key("tokens", variant), "base": s.key("tokens", variant.base)}
 
     def parameters(self, s, variant):
-        return {"spliced": self._spliced(s, variant)}
+        return {"spliced": self._spliced(s, variant)} | ({} if s.tiny_world else {"factors": False})
 
     def _spliced(self, s, variant) -> bool:
         """One seed of a method stands for all where that is slow: cross-entropy with the stream replaced."""
