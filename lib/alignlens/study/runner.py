@@ -11,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from multiprocessing import active_children, get_context, parent_process
 
+from IPython.display import display
 from tqdm import tqdm
 
 from alignlens import models
@@ -18,6 +19,10 @@ from alignlens.core.errors import AlignlensError
 from alignlens.core.store import PROGRESS
 from alignlens.study.stages import STAGES
 from alignlens.study.variants import Variant
+
+TERMINAL = "ALIGNLENS_TERMINAL"  # names the terminal, for kernels that are started from a notebook and have none
+with suppress(OSError, ValueError):
+    os.environ.setdefault(TERMINAL, os.ttyname(sys.stderr.fileno()))
 
 
 def plan(study, groups) -> list[list[tuple[str, tuple]]]:
@@ -45,7 +50,9 @@ def run(study, steps: list[list[tuple[str, tuple]]]) -> None:
     What fails, or whose process is killed, is named once all others of its step are made: AlignlensError."""
     total, start, running = sum(map(len, steps)), time.perf_counter(), []
     # A plain bar, not a widget: widgets stand at 0 % for ever in an executed copy.
-    bar = tqdm(total=total, disable=not study.progress or not total, file=sys.stdout, leave=False)
+    quiet = not study.progress or not total
+    file = _Line() if "ipykernel" in sys.modules and not quiet else sys.stdout
+    bar = tqdm(total=total, disable=quiet, file=file, leave=False)
     with bar, _shown(bar, study, running), _processes(study, total) as pools:
         for tasks in steps:
             failed = {}
@@ -53,7 +60,7 @@ def run(study, steps: list[list[tuple[str, tuple]]]) -> None:
                 bar.update()
                 failed |= {task: error} if error else {}
             _raise(study, failed)
-    if study.progress and total:
+    if not quiet:
         print(f"{total} results ready after {time.perf_counter() - start:.0f} s (made, or found in the store)")
 
 
@@ -109,8 +116,7 @@ def _shown(bar, study, running: list):
 
     def describe():
         while not bar.disable and not stop.wait(0.5):
-            words = [_title(study, task) + _progress(study, *task) for task in list(running)]
-            bar.set_description("; ".join(words))
+            bar.set_description("; ".join(_title(study, task) + _progress(study, *task) for task in list(running)))
 
     thread = threading.Thread(target=describe, daemon=True)
     thread.start()
@@ -125,6 +131,23 @@ def _progress(study, name: str, args: tuple) -> str:
     with suppress(OSError, AlignlensError):
         return f" ({(study.working(name, *args) / PROGRESS).read_text()})" if STAGES[name].resumes else ""
     return ""
+
+
+class _Line:
+    """Where a bar is drawn from a notebook: one output of its cell, overwritten, and the terminal behind its kernel.
+
+    Papermill shows nothing of a cell before the cell has ended."""
+
+    def __init__(self):
+        self.output = display({"text/plain": ""}, raw=True, display_id=True)
+
+    def write(self, text: str) -> None:
+        self.output.update({"text/plain": text.strip()}, raw=True)
+        with suppress(OSError), open(os.environ.get(TERMINAL, os.devnull), "w") as terminal:
+            terminal.write(text)
+
+    def flush(self) -> None:
+        pass
 
 
 @contextmanager
