@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,6 +66,16 @@ def test_what_fails_is_named_and_the_rest_of_its_step_is_made(tmp_path, forked, 
     assert not [part for part in words if part not in str(caught.value)]
 
 
+def test_a_process_that_is_killed_while_it_has_nothing_to_do_is_replaced(tmp_path, forked):
+    with runner._processes(making(tmp_path, 2), 9) as pools:
+        pids = [pool.submit(os.getpid).result() for pool in pools]
+        os.kill(pids[0], signal.SIGKILL)
+        while pids[0] in {child.pid for child in active_children()}:
+            time.sleep(0.05)
+        made = list(runner._side_by_side(making(tmp_path, 2), TASKS, [], pools))
+    assert sorted(made, key=str) == sorted([(task, None) for task in TASKS], key=str)
+
+
 def test_an_interrupt_ends_everything_at_once(tmp_path):
     """Of the process that asked alone, as when a notebook is interrupted: it ends its workers."""
     words = f"""
@@ -85,16 +95,18 @@ t.runner.run(t.making(pathlib.Path({str(tmp_path)!r}), 2, dpo="sleeps", kto="sle
 
 
 class Bar(list):
-    disable, set_description = False, list.append
+    """Stands for a progress bar, closed after its first description."""
+
+    disable = False
+
+    def set_description(self, words):
+        self.append(words)
+        self.disable = True
 
 
 def test_the_bar_says_how_far_a_training_run_is(tmp_path):
-    study = SimpleNamespace(working=lambda *task: tmp_path)
+    study, bar = SimpleNamespace(working=lambda *task: tmp_path), Bar()
     (tmp_path / "progress").write_text("step 12 of 60, dose 0.5 nats, 01:20 left at most")
-    bar = Bar()
-    with runner._shown(bar, study, TASKS[:1] + [("activations", (Variant("llama", "kto"),))]):
-        time.sleep(0.7)
-    words = (
-        "variant llama-dpo-seed0 (step 12 of 60, dose 0.5 nats, 01:20 left at most); activations llama-kto-seed0-meas"
-    )
+    runner._describe(bar, study, TASKS[:1] + [("activations", (Variant("llama", "kto"),))])
+    words = "variant llama-dpo-seed0 (step 12 of 60, dose 0.5 nats, 01:20 left at most); activations llama-kto"
     assert bar[0].startswith(words)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -268,6 +269,18 @@ def test_too_few_prompts_for_the_folds(tmp_path, smoke):
     few = study.open("smoke", store=str(smoke.store.root), measured=3, progress=False)
     with pytest.raises(PreferenceError, match="3 prompts cannot fill 5 folds"):
         few.measured("llama")
+
+
+def test_a_base_that_holds_less_than_is_asked_for_is_read_with_a_note(smoke):
+    options = {"store": str(smoke.store.root), "max_length": 1024, "response_tokens": 256, "sampled": 4}
+    asked = study.open("smoke", **options)
+    with pytest.warns(UserWarning, match="llama: max_length or response_tokens is too much.* pairs have at most 128"):
+        assert asked.limits("llama") == (128, 64, 64)
+    pd.testing.assert_frame_equal(asked.measured("llama"), smoke.measured("llama"))
+    np.testing.assert_array_equal(asked.activations(SMOKE.base).chosen, smoke.activations(SMOKE.base).chosen)
+    assert asked.behavior(SMOKE.base).length.max() <= 64
+    with warnings.catch_warnings(action="error"):
+        assert smoke.limits("llama") == (128, 96, 32)
 
 
 def test_base_against_itself_shows_nothing(smoke):

@@ -156,11 +156,8 @@ class Latents(Stage):
         return variant.seed == s.seeds_of(variant.family, variant.method)[0]
 
     def make(self, s, folder, variant):
-        first, reference, layers = (
-            self._spliced(s, variant),
-            s.tokens(variant.base),
-            s.dictionary_layers(variant.family),
-        )
+        first, reference = self._spliced(s, variant), s.tokens(variant.base)
+        layers = s.dictionary_layers(variant.family)
         own = s.tokens(variant) if first else read_tokens(s, None, variant)  # others are read once only
         parts = [_latent_tables(s, variant, layer, own, reference, first) for layer in layers]
         for name in parts[0]:

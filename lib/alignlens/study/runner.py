@@ -53,7 +53,8 @@ def run(study, steps: list[list[tuple[str, tuple]]]) -> None:
     quiet = not study.progress or not total
     file = _Line() if "ipykernel" in sys.modules and not quiet else sys.stdout
     bar = tqdm(total=total, disable=quiet, file=file, leave=False)
-    with bar, _shown(bar, study, running), _processes(study, total) as pools:
+    threading.Thread(target=_describe, args=(bar, study, running), daemon=True).start()
+    with bar, _processes(study, total) as pools:
         for tasks in steps:
             failed = {}
             for task, error in (_side_by_side if pools else _one_by_one)(study, tasks, running, pools):
@@ -81,16 +82,26 @@ def _side_by_side(study, tasks, running, pools):
     while waiting or busy:
         while waiting and free:
             task, pool = waiting.pop(), free.pop()
-            busy[pool.submit(_work, type(study), study.preset, *task)] = task, pool
+            work = _work, type(study), study.preset, *task
+            try:
+                future = pool.submit(*work)
+            except BrokenProcessPool:  # it was killed while it had nothing to do
+                pool = _renewed(pools, pool)
+                future = pool.submit(*work)
+            busy[future] = task, pool
         running[:] = [task for task, _ in busy.values()]
         for future in wait(busy, return_when=FIRST_COMPLETED).done:
             (task, pool), error = busy.pop(future), future.exception()
             if isinstance(error, BrokenProcessPool):
                 error = AlignlensError("its process was killed, perhaps for want of memory (then use jobs 1)")
-                number = pools.index(pool)
-                pools[number] = pool = _process()
+                pool = _renewed(pools, pool)
             free.append(pool)
             yield task, error
+
+
+def _renewed(pools: list, pool) -> ProcessPoolExecutor:
+    pools[pools.index(pool)] = new = _process()
+    return new
 
 
 def _raise(study, failed: dict) -> None:
@@ -109,22 +120,11 @@ def _title(study, task) -> str:
     return f"{STAGES[name].title} {STAGES[name].label(study, *args)}"
 
 
-@contextmanager
-def _shown(bar, study, running: list):
-    """Keep the bar up to date: what is being made, and how far the training runs among it are."""
-    stop = threading.Event()
-
-    def describe():
-        while not bar.disable and not stop.wait(0.5):
-            bar.set_description("; ".join(_title(study, task) + _progress(study, *task) for task in list(running)))
-
-    thread = threading.Thread(target=describe, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+def _describe(bar, study, running: list) -> None:
+    """Until the bar is closed: what is being made, and how far the training runs among it are."""
+    while not bar.disable:
+        bar.set_description("; ".join(_title(study, task) + _progress(study, *task) for task in list(running)))
+        time.sleep(0.5)
 
 
 def _progress(study, name: str, args: tuple) -> str:
