@@ -1,7 +1,9 @@
 """Alignment: every trainer sees the formatter's token ids, trains its adapter only, repeats, stops and explains."""
 
 import dataclasses
+import re
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,11 +17,12 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig
 from transformers.generation import GenerationMixin
 
 from alignlens import align, models
-from alignlens.align import Recipe, trainers
+from alignlens.align import Recipe, resuming, trainers
 from alignlens.align.trainers import Run
 from alignlens.align.training import _formatter
 from alignlens.core import settings
 from alignlens.core.errors import AlignError
+from alignlens.core.store import DamagedArtifact
 from alignlens.preferences import collate
 
 METHODS = (*settings.METHODS, *settings.CONTROLS)
@@ -30,14 +33,15 @@ CURVES = {
 }  # fmt: skip
 
 
-def run(folder, micro, method, *, reward=None, heldout=None, **changes):
+def run(folder, micro, method, *, reward=None, heldout=None, resumable=None, **changes):
     """Train a variant of the micro base; its adapter, its curves and what ``train`` said."""
     folder.mkdir(exist_ok=True)
     reward = utility if reward is None and method in align.ONLINE else reward
     recipe = micro.recipe(method, **changes)
     facts = align.train(
-        folder, micro.folder, micro.train, micro.heldout if heldout is None else heldout, recipe, reward=reward
-    )
+        folder, micro.folder, micro.train, micro.heldout if heldout is None else heldout, recipe, reward=reward,
+        resumable=resumable,
+    )  # fmt: skip
     return SimpleNamespace(
         adapter=load_file(folder / "adapter_model.safetensors"),
         bytes=(folder / "adapter_model.safetensors").read_bytes(),
@@ -618,3 +622,158 @@ def test_an_architecture_without_known_projections_is_refused(micro):
     model.config = SimpleNamespace(model_type="strange")
     with pytest.raises(AlignError, match="strange has none of the attention projections"):
         trainers.lora(micro.recipe("dpo"), model)
+
+
+# --- killed and gone on ---------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_at(monkeypatch, step):
+    """Save at every check, and die right after the one of this step."""
+    save = resuming.Resumable._save
+
+    def dying(self, *_, **__):
+        save(self)
+        if self.trainer.state.global_step == step:
+            raise Killed
+
+    monkeypatch.setattr(resuming, "EVERY", 0)
+    monkeypatch.setattr(resuming.Resumable, "_save", dying)
+
+
+LONG = {"steps": 7, "check_every": 2, "response_tokens": 8, "lora_dropout": 0.1, "check_prompts": 4}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_run_goes_on_to_the_same_adapter(micro, method, reward, tmp_path, monkeypatch):
+    """Bit for bit, over several passes of few pairs: weights, optimiser, order of data, dropout, samples and curves."""
+    few = dataclasses.replace(micro, train=micro.train.head(20))
+    judge = models.load_reward(micro.folder, reward) if method == "ppo" else None
+    options = {"options": {"num_generations": 2}} if method == "grpo" else {}
+    whole = run(tmp_path / "whole", few, method, reward=judge, **LONG, **options)
+    working = tmp_path / "working"
+    for step in (2, 6):  # killed twice: within a pass over the data and later
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            killed_at(patch, step)
+            run(tmp_path / "rest", few, method, reward=judge, resumable=working, **LONG, **options)
+    steps, measure = [], align.Monitor._measure
+    monkeypatch.setattr(align.Monitor, "_measure", lambda self, step: steps.append(step) or measure(self, step))
+    rest = run(tmp_path / "rest", few, method, reward=judge, resumable=working, **LONG, **options)
+    assert steps == [7], "what was done before the kill is not done again"
+    assert rest.bytes == whole.bytes
+    assert rest.facts == whole.facts
+    pd.testing.assert_frame_equal(rest.curves, whole.curves)
+
+
+def test_a_run_killed_between_two_checks_lands_on_its_dose(micro, tmp_path, monkeypatch):
+    """Landing goes back to the weights of the check before it: after the kill they come from the saved state."""
+    options = {"stop": "dose", "dose": 0.05, "steps": 40, "check_every": 2, "check_prompts": 4}
+    whole = run(tmp_path / "whole", micro, "dpo", **options)
+    last = whole.facts["steps"] - 2
+    assert whole.facts["stopped_by"] == "dose"
+    assert last >= 2
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, last)
+        run(tmp_path / "rest", micro, "dpo", resumable=tmp_path / "working", **options)
+    assert run(tmp_path / "rest", micro, "dpo", resumable=tmp_path / "working", **options).bytes == whole.bytes
+
+
+def test_a_killed_reward_model_goes_on_to_the_same_adapter(micro, tmp_path, monkeypatch):
+    def train(name):
+        (tmp_path / name).mkdir(exist_ok=True)
+        align.train_reward(
+            tmp_path / name,
+            micro.folder,
+            micro.train,
+            micro.recipe("reward", steps=5, check_every=1),
+            resumable=working,
+        )
+        return (tmp_path / name / "adapter_model.safetensors").read_bytes()
+
+    working = None
+    whole, working = train("whole"), tmp_path / "working"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, 3)
+        train("rest")
+    assert train("rest") == whole
+
+
+@pytest.mark.parametrize("harm", ["a changed byte", "a lost end", "nothing in it", "other versions"])
+def test_a_state_that_cannot_be_used_is_reported_and_training_starts_anew(micro, harm, tmp_path, monkeypatch):
+    options = {"steps": 3, "check_every": 1, "check_prompts": 2, "resumable": tmp_path}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, 2)
+        run(tmp_path / "v", micro, "sft", **options)
+    state = tmp_path / "state"
+    raw = state.read_bytes()
+    if harm == "other versions":
+        monkeypatch.setattr(resuming, "versions", lambda: {"torch": "0"})
+    else:
+        changed = raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:]
+        state.write_bytes({"a changed byte": changed, "a lost end": raw[:-1], "nothing in it": b""}[harm])
+    with pytest.warns(
+        DamagedArtifact, match="state is damaged or was written with other versions: training starts anew"
+    ):
+        made = run(tmp_path / "v", micro, "sft", **options)
+    assert made.curves.step.tolist() == [0, 1, 2, 3]
+
+
+def test_what_broke_is_not_gone_on_from(micro, tmp_path, monkeypatch):
+    monkeypatch.setattr(resuming, "EVERY", 0)
+    with pytest.raises(AlignError, match="training diverged"):
+        run(tmp_path / "v", micro, "sft", learning_rate=1e30, steps=6, check_every=1, resumable=tmp_path / "working")
+    assert not (tmp_path / "working").exists()
+
+
+def test_a_run_says_how_far_it_is(micro, tmp_path, monkeypatch):
+    told, write = [], Path.write_text
+    monkeypatch.setattr(Path, "write_text", lambda path, words, **_: told.append(words) or write(path, words))
+    monkeypatch.setattr(resuming.time, "monotonic", iter(range(0, 10**6, 10)).__next__)
+    run(tmp_path / "v", micro, "sft", steps=3, check_every=1, resumable=tmp_path / "working")
+    said = [words for words in told if words.startswith("step")]
+    assert [words.split(", ")[0] for words in said] == ["step 1 of 3", "step 2 of 3", "step 3 of 3"]
+    assert re.fullmatch(r"step 1 of 3, dose [\d.e-]+ nats, 00:\d\d left at most", said[0])
+
+
+# --- within the model's context -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("context", "asked", "most"),
+    [
+        (128, (1024, 256), (128, 64, 64)),
+        (128, (96, 16), (96, 96, 16)),
+        (128, (128, 48), (128, 80, 48)),
+        (8192, (1024, 256), (1024, 1024, 256)),
+        (None, (1024, 256), (1024, 1024, 256)),
+    ],
+)
+def test_lengths_are_the_smaller_of_what_is_asked_and_what_the_model_holds(context, asked, most):
+    text = SimpleNamespace(max_position_embeddings=context)
+    assert align.limits(SimpleNamespace(get_text_config=lambda: text), *asked) == most
+
+
+@pytest.mark.parametrize("method", ["dpo", "grpo"])
+def test_training_uses_the_smaller_of_max_length_and_context(micro, method, tmp_path):
+    """The micro base holds 128 tokens, so it is as if 128, and answers of half of that, had been asked for."""
+    asked = run(tmp_path / "asked", micro, method, max_length=1024, response_tokens=256, steps=2)
+    held = run(tmp_path / "held", micro, method, max_length=128, response_tokens=64, steps=2)
+    assert asked.bytes == held.bytes
+    assert asked.facts == held.facts
+
+
+def test_prompts_without_room_for_an_answer_are_left_out_and_counted(micro):
+    encoded = micro.format.encode_pairs(micro.train)
+    sizes = np.array([len(ids) for ids in encoded.prompt_ids])
+    most = int(np.median(sizes))
+    found = align.answerable(encoded, most)
+    assert [len(ids) for ids in found.prompt_ids] == sizes[sizes <= most].tolist()
+    assert found.report["no_room_to_answer"] == (sizes > most).sum() > 0
+    assert found.prompts == micro.train.prompt[found.kept].tolist()
+    assert found.prompt_id.tolist() == micro.train.prompt_id[found.kept].tolist()
+    assert align.answerable(encoded, 128) is encoded
+    with pytest.raises(AlignError, match="no prompt has at most 3 tokens"):
+        align.answerable(encoded, 3)

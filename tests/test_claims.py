@@ -200,6 +200,32 @@ def test_a_mechanism_needs_the_fall_and_the_rotation_beyond_its_nulls():
     assert verdicts(study(fall, decomposition_seeds=no_nulls))["C4"] == NOT_TESTABLE
 
 
+def c4(tables):
+    (found,) = [c for c in claims.ledger(tables, run_id="abc", preset="tiny")["claims"] if c["id"] == "C4"]
+    return found
+
+
+def test_the_share_of_interventions_counts_named_directions_only():
+    """Two of eight effects beat their random directions; those stand beside them and bear an ablation's name."""
+    facts = {"family": "llama", "method": ["dpo", "orpo"] * 4, "name": "preference (mean)", "measure": "margin"}
+    named = pd.DataFrame(facts | {"kind": "named", "beats": [True] * 2 + [False] * 6})
+    random = pd.concat([named.assign(kind="random", beats=False)] * 20)
+    others = named.assign(name="latent 3", beats=True)
+    as_csv = pd.concat([named, others]).drop(columns="kind")
+    for causal in (pd.concat([named, random, others]), as_csv):
+        said = c4(study({}, causal=causal))["here_sound"]
+        assert "of 8 effects on the margin a share of 0.250 beats" in said["text"]
+        assert [n["value"] for n in said["numbers"] if n["source"] == "causal.csv"] == [0.25]
+
+
+def test_a_family_without_nulls_counts_among_the_families():
+    turned = decomposition({"dpo": 0.1, "orpo": 0.1, "seeds": 0.02})
+    part = turned[(turned.family != "smollm3") | (turned.method != "seeds")]
+    text = c4(study({}, decomposition_seeds=part))["here_sound"]["text"]
+    assert "(beyond in 2 of 3)" in text
+    assert "smollm3 not measured" in text
+
+
 def test_nothing_measured_is_said_and_judged_as_nothing():
     document = claims.ledger({}, run_id="r", preset="test")
     assert {c["verdict"] for c in document["claims"]} == {NOT_TESTABLE}

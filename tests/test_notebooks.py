@@ -1,6 +1,7 @@
 """The notebooks run end to end on the smoke preset, as a reader would run them, and refuse what they should."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,11 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from papermill import execute_notebook, inspect_notebook
 
 from alignlens import audit, claims
+from alignlens.core import settings
+from alignlens.study import notebooks
 
 ROOT = Path(__file__).parents[1]
 PAPERMILL = [sys.executable, "-m", "papermill"]
@@ -131,6 +135,22 @@ def test_the_audit_of_a_shipped_model_with_itself_is_a_page_that_finds_nothing(t
     page = (out / "audit.html").read_text()
     assert page.startswith("<!doctype html>")
     assert "http" not in page.replace("http://www.w3.org", ""), "one file, nothing fetched"
+
+
+def test_parameters_that_the_readme_shows_are_listed_where_papermill_looks():
+    """Papermill warns of others, though they are valid."""
+    shown = set(re.findall(r"-p (\w+)", (ROOT / "README.md").read_text().partition("## Change something")[2]))
+    for path in [*(ROOT / "notebooks").glob("0*.ipynb"), ROOT / "notebooks" / "study.ipynb"]:
+        listed = set(inspect_notebook(str(path)))
+        assert {"folds", *shown} - {"variants"} <= listed, path.stem
+        assert listed <= {*settings.Preset.model_fields, "preset"}
+
+
+def test_the_driver_hears_no_warning_of_valid_names(tmp_path, caplog):
+    given = notebooks.given({"preset": "smoke", "random_directions": 25})
+    source = str(ROOT / "notebooks" / "03_probes.ipynb")
+    execute_notebook(source, str(tmp_path / "out.ipynb"), parameters=given, prepare_only=True)
+    assert not caplog.records
 
 
 def test_a_mistyped_parameter_stops_the_run(tmp_path):

@@ -158,6 +158,26 @@ def test_a_failed_make_leaves_nothing(tmp_path):
     assert store.get("variants", "v", make_number, **ASKED).json("number.json") == {"number": 7}
 
 
+def test_what_a_long_make_keeps_is_there_after_a_kill_and_gone_after_its_end(tmp_path):
+    made = Store(tmp_path)
+    identity = {"inputs": {}, "parameters": {}, "version": 1}
+    working = made.working(Store.key("thing", **identity))
+
+    def make(folder, end=True):
+        working.mkdir(parents=True, exist_ok=True)
+        (working / "state").touch()
+        if not end:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        made.get("thing", "a", lambda folder: make(folder, end=False), **identity)
+    assert (working / "state").exists()
+    Store(tmp_path)
+    assert (working / "state").exists(), "opening a store clears away what is half made, not this"
+    made.get("thing", "a", make, **identity)
+    assert not working.exists()
+
+
 def test_links_and_foreign_manifests_are_refused(tmp_path):
     store = Store(tmp_path)
     for make in (lambda f: (f / "link").symlink_to(__file__), lambda f: write_json(f / "manifest.json", {})):

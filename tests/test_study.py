@@ -2,17 +2,19 @@
 
 import json
 import shutil
+import warnings
 
 import numpy as np
 import pandas as pd
 import pytest
 from safetensors.numpy import load_file
 
-from alignlens import study
+from alignlens import align, calibration, causal, dictionaries, models, study
 from alignlens.core import settings, store
 from alignlens.core.errors import AlignError, DictionaryError, PreferenceError, PresetError
 from alignlens.preferences import tinyworld
-from alignlens.study import STAGES, Variant, features, measuring, mechanisms, tables
+from alignlens.published import sparc
+from alignlens.study import STAGES, Variant, features, front, measuring, mechanisms, tables
 
 SMOKE = Variant("llama", "dpo", 0)
 
@@ -62,12 +64,128 @@ def test_a_new_version_reaches_everything_downstream(upstream, tmp_path, monkeyp
     assert key() != before
 
 
-@pytest.mark.parametrize(
-    "changes", [{"folds": 4}, {"reward": "truth"}, {"steer_strengths": "0.1,0.5"}, {"dictionary_k": 12.5}]
-)
-def test_a_changed_parameter_makes_causal_tests_anew(changes, tmp_path):
-    keys = [study.open("tiny", store=str(tmp_path), **words).key("causal", SMOKE) for words in ({}, changes)]
-    assert keys[0] != keys[1]
+# Another value of every parameter that may change a result; several where one alone need not change it.
+OTHER = {
+    "families": "BASE", "methods": (["kto"], ["dpo", "ppo"]), "controls": [], "seeds": [1], "checkpoints":
+    {"llama:dpo": "hub/a"}, "recipe": "published", "pairs": "FILE", "split": 1, "measured": 90, "sampled": 30,
+    "layers": 3, "d_model": 56, "vocab_size": 900, "pretrain_steps": 150, "pretrain_batch": 40, "pretrain_rate":
+    0.003, "steps": 19, "batch_size": 8, "micro_batch_size": 8, "max_length": 100, "response_tokens": 30,
+    "lora_rank": 4, "learning_rates": {"dpo": 1e-4, "reward": 1e-4}, "stop": "last", "dose": 1.0, "check_every": 9,
+    "check_prompts": 20, "reward": "truth", "reward_steps": 19, "position": "mean", "layers_measured": [0], "folds":
+    4, "bootstrap": 100, "permutations": 10, "dictionary_layers": [0], "dictionary_width": 100, "dictionary_k": 5,
+    "dictionary_epochs": 4, "dictionary_tokens": 9000, "published_pairs": 100, "dose_shares": [0.5], "causal_pairs":
+    20, "random_directions": 30, "steer_strengths": [0.5],
+}  # fmt: skip
+BY_CONTENT = {"prompts", "length_bias", "label_noise", "limit", "max_chars", "on_bad", "reward_share", "measure_share"}
+ONLY_WANTED = {"null_draws", "calibration_regimes", "calibration_seeds", "calibration_samples"}  # arguments of results
+ASKED = {
+    "reward_model": ("llama", 0), "random": (Variant("llama", "random", 0),), "sae": ("llama", 1, 0),
+    "calibration": ("easy", "alignlens", 0, 40000), "base": ("llama",),
+    "latents": (SMOKE.base,),
+} | dict.fromkeys(("geometry", "crosscoder", "published_crosscoder"), (SMOKE.base, SMOKE))  # fmt: skip
+
+
+class Made(Exception):
+    """What is slow would start now, and has been given all that it depends on."""
+
+
+@pytest.fixture
+def read_by_make(smoke, tmp_path, monkeypatch):
+    """read_by_make(stage): names of the preset's fields that its ``make`` reads, besides those of what it asks for."""
+    seen, recording = set(), [False]
+
+    def raise_made(*_, **__):
+        raise Made
+
+    def told(owner, name, as_field=None):
+        """Calls of what has a key of its own are not looked into: they count as a field, if as any."""
+        call = getattr(owner, name)
+
+        def wrapped(*words):
+            before, recording[0] = recording[0], False
+            try:
+                return call(*words)
+            finally:
+                recording[0] = before
+                if before and as_field:
+                    seen.add(as_field)
+
+        monkeypatch.setattr(owner, name, wrapped)
+
+    for owner, name in (
+        (models, "pretrain"), (align, "train"), (align, "train_reward"), (dictionaries, "train"), (sparc, "train"),
+        (calibration, "run"),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, name, raise_made)
+    for name in ("steer", "ablate", "ablate_latents", "patch"):
+        monkeypatch.setattr(causal, name, lambda *_, **__: pd.DataFrame({"name": ["x"], "measure": ["kl"]}))
+    told(study.Study, "get")
+    told(study.Study, "key")
+    told(study.Study, "split", "split")
+    told(study.Study, "measured", "measured")
+    told(study.Study, "encoded", "measured")
+    told(study.Study, "pattern")  # whose key is an input of what is made after it
+    needs = study.Study.needs_reward_model.fget
+    monkeypatch.setattr(study.Study, "needs", needs, raising=False)
+    told(study.Study, "needs", "methods")
+    monkeypatch.setattr(study.Study, "needs_reward_model", property(lambda s: s.needs()))
+    read = settings.Preset.__getattribute__
+
+    def recorded(preset, name):
+        if recording[0] and name in settings.Preset.model_fields:
+            seen.add(name)
+        return read(preset, name)
+
+    monkeypatch.setattr(settings.Preset, "__getattribute__", recorded)
+
+    def found(name):
+        fresh = study.open("smoke", store=str(smoke.store.root), jobs=1, progress=False)
+        folder = tmp_path / name
+        folder.mkdir()
+        recording[0] = True
+        try:
+            STAGES[name].make(fresh, folder, *ASKED.get(name, (SMOKE,)))
+        except Made:
+            pass
+        finally:
+            recording[0] = False
+        return seen
+
+    return found
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_result_has_every_parameter_that_it_reads_in_its_key(name, smoke, read_by_make, tmp_path, monkeypatch):
+    fields, args, path = read_by_make(name), ASKED.get(name, (SMOKE,)), tmp_path / "same.jsonl"
+    monkeypatch.undo()
+    if name not in ("calibration", "random", "probes", "geometry"):
+        assert fields, "a stage that reads nothing would pass"
+    unexplained = set(settings.Preset.model_fields) - {*OTHER, *BY_CONTENT, *ONLY_WANTED, *front.PLACES, "name"}
+    assert unexplained == {"split_seed", "trust_remote_code"}, "give each new field another value in OTHER"
+    smoke.pairs[["prompt", "chosen", "rejected"]].to_json(path, orient="records", lines=True)
+    base = "tiny:qwen3" if name == "base" else str(smoke.base("llama").path)
+    files = {"FILE": str(path), "BASE": {"llama": base}}
+
+    def key(**changes):
+        return study.open("smoke", store=str(smoke.store.root), progress=False, **changes).key(name, *args)
+
+    def follows(field):
+        values = OTHER[field] if isinstance(OTHER[field], tuple) else (OTHER[field],)
+        field = "split_seed" if field == "split" else field
+        return any(key(**{field: files.get(str(value), value)}) != plain for value in values)
+
+    plain = key()
+    fields -= {*front.PLACES, "trust_remote_code"} | ({"recipe"} if name == "reward_model" else set())  # none published
+    assert [field for field in sorted(fields) if not follows(field)] == []
+
+
+def test_samples_drawn_in_several_batches_depend_on_their_size(smoke_store):
+    def keys(name, **changes):
+        made = [study.open("smoke", store=str(smoke_store), read_batch=n, **changes) for n in (16, 20)]
+        return {one.key(name, SMOKE) for one in made}
+
+    assert len(keys("causal")) == 2
+    assert len(keys("causal", sampled=12)) == len(keys("activations")) == 1, "one batch, or nothing drawn"
 
 
 def test_every_stage_says_what_a_study_wants_of_it():
@@ -151,6 +269,18 @@ def test_too_few_prompts_for_the_folds(tmp_path, smoke):
     few = study.open("smoke", store=str(smoke.store.root), measured=3, progress=False)
     with pytest.raises(PreferenceError, match="3 prompts cannot fill 5 folds"):
         few.measured("llama")
+
+
+def test_a_base_that_holds_less_than_is_asked_for_is_read_with_a_note(smoke):
+    options = {"store": str(smoke.store.root), "max_length": 1024, "response_tokens": 256, "sampled": 4}
+    asked = study.open("smoke", **options)
+    with pytest.warns(UserWarning, match="llama: max_length or response_tokens is too much.* pairs have at most 128"):
+        assert asked.limits("llama") == (128, 64, 64)
+    pd.testing.assert_frame_equal(asked.measured("llama"), smoke.measured("llama"))
+    np.testing.assert_array_equal(asked.activations(SMOKE.base).chosen, smoke.activations(SMOKE.base).chosen)
+    assert asked.behavior(SMOKE.base).length.max() <= 64
+    with warnings.catch_warnings(action="error"):
+        assert smoke.limits("llama") == (128, 96, 32)
 
 
 def test_base_against_itself_shows_nothing(smoke):

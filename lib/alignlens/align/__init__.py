@@ -6,6 +6,9 @@ chosen and rejected answers."""
 
 from alignlens.align.monitor import Monitor
 from alignlens.align.recipe import DEFAULTS, ONLINE, PUBLISHED, Recipe, published
-from alignlens.align.training import train, train_reward
+from alignlens.align.training import Limits, answerable, limits, train, train_reward
 
-__all__ = ["DEFAULTS", "ONLINE", "PUBLISHED", "Monitor", "Recipe", "published", "train", "train_reward"]
+__all__ = [
+    "DEFAULTS", "Limits", "Monitor", "ONLINE", "PUBLISHED", "Recipe", "answerable", "limits", "published", "train",
+    "train_reward",
+]  # fmt: skip

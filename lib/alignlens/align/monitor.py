@@ -63,6 +63,15 @@ class Monitor(TrainerCallback):
         if over:
             raise DoseReached
 
+    def kept(self) -> dict:
+        """What a killed run needs back, as JSON types."""
+        return {"rows": self.rows, "start": self.start}
+
+    def restore(self, kept: dict) -> None:
+        """Go on from what ``kept`` gave; the policy has its weights of then."""
+        self.rows, self.start = kept["rows"], np.array(kept["start"])
+        self.before = [weight.detach().clone() for weight in self._weights()]
+
     def _weights(self) -> list[torch.Tensor]:
         return [weight for weight in self.policy.parameters() if weight.requires_grad]
 

@@ -125,6 +125,8 @@ def mechanism(study: Tables, paper: Evidence, here: Evidence, sound: Evidence) -
         sound.say(f"{words}: {'; '.join(said)}; strongest null {null}.")
     tried = of(study["causal"], *methods).dropna(subset="beats").query("measure == 'margin'")
     tried = tried[tried["name"].astype(str).str.startswith("preference")]
+    if "kind" in tried:
+        tried = tried[tried.kind == "named"]  # an ablation's random directions bear its name
     share = sound.add("causal", "share that beats random directions", tried.beats.astype(bool).mean())
     text = f"Steering along the preference direction and ablating it: of {len(tried)} effects on the margin a share of "
     text += f"{share} beats norm-matched random directions (0.05 by chance)."
@@ -157,7 +159,8 @@ def _published_mechanism(study: Tables, paper: Evidence, here: Evidence, methods
 
 def _beside_nulls(study: Tables, name: str) -> pd.DataFrame:
     """A measure beside its nulls: source, measure, family, method, value (mean over seeds), null (the strongest of
-    any), beyond (by two standard errors: binomial of latent shares, else of prompts and seeds). Empty without nulls."""
+    any, NaN in a family without), beyond (by two standard errors: binomial of latent shares, else of prompts and
+    seeds). Empty without nulls."""
     source, side, _ = MEASURES[name]
     table, latents = study[source], source == "crosscoder_labels"
     if of(table, *NULLS).empty:
@@ -174,7 +177,7 @@ def _beside_nulls(study: Tables, name: str) -> pd.DataFrame:
     nulls, ours = of(table, *NULLS), of(table, *METHODS).groupby(["family", "method"], sort=False)
     nulls = nulls.loc[nulls.groupby("family").strength.idxmax()].set_index("family").add_prefix("null_")
     rows = ours.mean(numeric_only=True).assign(between=ours.strength.sem().fillna(0.0) ** 2).reset_index()
-    rows = rows.join(nulls, on="family", how="inner").assign(source=source, measure=name)
+    rows = rows.join(nulls, on="family").assign(source=source, measure=name)
     rows = rows.assign(value=side * rows.strength, null=side * rows.null_strength)
     beyond = rows.strength - rows.null_strength > 2 * np.sqrt(rows.within + rows.between + rows.null_within)
     return rows.assign(beyond=rules.exceeds(rows.value, rows.null, rows.live) if latents else beyond)

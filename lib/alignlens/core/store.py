@@ -2,7 +2,8 @@
 
 ``<root>/<stage>/<label>-<key>/`` holds the files and manifest.json; the key hashes what they depend on (stage, inputs,
 parameters, stage version), the label is for readers only. ``<root>/damaged/<stage>/`` holds what no longer matches its
-manifest, ``<root>/.locks/`` one lock per key, held while the artifact is made."""
+manifest, ``<root>/.locks/`` one lock per key, held while the artifact is made, ``<root>/.resuming/<key>/`` what a long
+make keeps so that it can go on after a kill."""
 
 import contextlib
 import dataclasses
@@ -30,6 +31,7 @@ from alignlens.core.errors import StoreError
 from alignlens.core.files import MAKING, replacing_folder
 
 MANIFEST = "manifest.json"
+PROGRESS = "progress"  # of a folder in .resuming: how far its make is, in words
 KEY_LENGTH = 16
 LIBRARIES = ("torch", "transformers", "trl", "peft", "transformer-lens", "numpy", "scikit-learn")
 _verified: dict[Path, list] = {}  # folder -> sizes and times of its files when they last matched the manifest
@@ -282,7 +284,12 @@ class Store:
             except FileExistsError:
                 if not (place / MANIFEST).is_file():  # otherwise somebody without our lock was first: as good as ours
                     raise
+            shutil.rmtree(self.working(key), ignore_errors=True)
             return _load(place)
+
+    def working(self, key: str) -> Path:
+        """Where a long ``make`` keeps what it needs to go on after a kill; removed once its artifact is stored."""
+        return self.root / ".resuming" / key
 
     def _lookup(self, stage: str, key: str) -> Artifact | None:
         """The first intact artifact; damaged ones are reported."""

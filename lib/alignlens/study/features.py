@@ -149,18 +149,15 @@ class Latents(Stage):
         return saes | {"tokens": s.key("tokens", variant), "base": s.key("tokens", variant.base)}
 
     def parameters(self, s, variant):
-        return {"spliced": self._spliced(s, variant)}
+        return {"spliced": self._spliced(s, variant)} | ({} if s.tiny_world else {"factors": False})
 
     def _spliced(self, s, variant) -> bool:
         """One seed of a method stands for all where that is slow: cross-entropy with the stream replaced."""
         return variant.seed == s.seeds_of(variant.family, variant.method)[0]
 
     def make(self, s, folder, variant):
-        first, reference, layers = (
-            self._spliced(s, variant),
-            s.tokens(variant.base),
-            s.dictionary_layers(variant.family),
-        )
+        first, reference = self._spliced(s, variant), s.tokens(variant.base)
+        layers = s.dictionary_layers(variant.family)
         own = s.tokens(variant) if first else read_tokens(s, None, variant)  # others are read once only
         parts = [_latent_tables(s, variant, layer, own, reference, first) for layer in layers]
         for name in parts[0]:

@@ -6,12 +6,14 @@ where it stopped, and two studies can share a store."""
 from __future__ import annotations
 
 import glob
+import warnings
 from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
+from transformers import AutoConfig
 
-from alignlens import models, preferences
+from alignlens import align, models, preferences
 from alignlens.core import settings, store
 from alignlens.core.errors import PreferenceError, PresetError
 from alignlens.core.store import Artifact, Store, content_hash
@@ -57,6 +59,10 @@ class Study:
         """The key of a result, without making it."""
         stage = STAGES[name]
         return self._once(name, args, lambda: Store.key(stage.kind, **stage.identity(self, *args)))
+
+    def working(self, name: str, *args) -> Path:
+        """Where a result that takes long keeps what it needs to go on after a kill."""
+        return self.store.working(self.key(name, *args))
 
     def make_all(self, *groups: str) -> None:
         """Make what these groups of stages hold ("variants", "probes", ..., or all), several results side by side.
@@ -122,7 +128,8 @@ class Study:
 
         def make() -> pd.DataFrame:
             pairs = self.split("measure")
-            pairs = pairs[self.format(family).encode_pairs(pairs).kept]
+            encoded = self.format(family).encode_pairs(pairs)
+            pairs = pairs[align.answerable(encoded, self.limits(family).prompt).kept]
             sizes = pairs.groupby("prompt_id", sort=False).size().cumsum()
             pairs = pairs[pairs.prompt_id.isin(sizes.index[sizes <= self.preset.measured])].reset_index(drop=True)
             preferences.check_folds(pairs, self.preset.folds)
@@ -143,9 +150,23 @@ class Study:
         def make():
             base = self.source(Variant(family, "base")).model
             tokenizer = models.load_tokenizer(base, trust_remote_code=self.preset.trust_remote_code)
-            return preferences.Formatter(tokenizer, max_length=self.preset.max_length)
+            return preferences.Formatter(tokenizer, max_length=self.limits(family).pair)
 
         return self._once("format", family, make)
+
+    def limits(self, family: str) -> align.Limits:
+        """Tokens of a pair, a prompt and a sampled answer at most: as the preset says, or what the base can hold."""
+
+        def find():
+            p, (name, revision) = self.preset, models.pinned(self.source(Variant(family, "base")).model)
+            config = AutoConfig.from_pretrained(name, **revision, trust_remote_code=p.trust_remote_code)
+            found = align.limits(config, p.max_length, p.response_tokens)
+            if self.progress and (found.pair, found.answer) != (p.max_length, p.response_tokens):
+                told = f"pairs have at most {found.pair} tokens, prompts {found.prompt}, sampled answers {found.answer}"
+                warnings.warn(f"{family}: max_length or response_tokens is too much for its base: {told}", stacklevel=2)
+            return found
+
+        return self._once("limits", family, find)
 
     @property
     def families(self) -> list[str]:

@@ -101,7 +101,9 @@ class Behavior(Stage):
 
     def inputs(self, s, variant):
         keys = {"model": s.weights(variant), "base": s.weights(variant.base), "pairs": s.measured_key(variant.family)}
-        return keys | ({"judge": s.key("reward_model", variant.family, 0)} if s.needs_reward_model else {})
+        if s.needs_reward_model:
+            keys["judge"] = s.key("reward_model", variant.family, 0)
+        return keys if s.judged else keys | {"judge": "nobody"}
 
     def parameters(self, s, variant):
         p = s.preset
@@ -121,7 +123,7 @@ def behave(s, variant, model, reference) -> pd.DataFrame:
     p = s.preset
     return behavior.measure(
         model, s.format(variant.family), s.encoded(variant.family), judge(s, variant.family), reference=reference,
-        sampled=p.sampled, response_tokens=p.response_tokens, seed=variant.seed, batch_size=p.read_batch,
+        sampled=p.sampled, response_tokens=s.limits(variant.family).answer, seed=variant.seed, batch_size=p.read_batch,
     )  # fmt: skip
 
 
@@ -248,7 +250,10 @@ class Causal(Stage):
         return keys | {"reference": s.key("behavior", variant.base)}
 
     def parameters(self, s, variant):
-        return {name: getattr(s.preset, name) for name in CAUSAL}
+        found = {name: getattr(s.preset, name) for name in CAUSAL}
+        # Samples are drawn batch by batch: if there are several, their size is a parameter.
+        several = s.judged and s.preset.read_batch < min(s.preset.sampled, s.preset.causal_pairs)
+        return found | ({"read_batch": s.preset.read_batch} if several else {})
 
     def make(self, s, folder, variant):
         p, layer, format = s.preset, s.crosscoder_layer(variant.family), s.format(variant.family)
@@ -323,6 +328,6 @@ def _sampled_steering(s, family, inputs, directions, options) -> pd.DataFrame:
     table = causal.steer(
         *inputs, directions, strength=max(p.steer_strengths), sampled=min(p.sampled, len(inputs[2])),
         judge=lambda prompts, responses: score(prompts, responses).score.to_numpy(),
-        response_tokens=p.response_tokens, **options,
+        response_tokens=s.limits(family).answer, **options,
     )  # fmt: skip
     return table[table.measure.isin(["kl", "length", "reward"])].assign(intervention="steer samples")

@@ -36,12 +36,8 @@ class LatentReader:
         first = index - int(place[index])
         later = np.flatnonzero(place[index + 1 :] == 0)
         last = index + 1 + int(later[0]) if len(later) else len(place)
-        parts = (
-            ids[max(first, index - before) : index],
-            ids[index : index + 1],
-            ids[index + 1 : min(last, index + 1 + after)],
-        )
-        left, token, right = map(self.tokenizer.decode, parts)
+        left, right = ids[max(first, index - before) : index], ids[index + 1 : min(last, index + 1 + after)]
+        left, token, right = map(self.tokenizer.decode, (left, ids[index : index + 1], right))
         return f"{left}[{token}]{right}"
 
 
@@ -76,14 +72,8 @@ def label_shares(table: pd.DataFrame) -> pd.DataFrame:
         live = part[part.label != "dead"]
         for name in dictionaries.LABELS[1:]:
             count = int((live.label == name).sum())
-            row = {
-                "family": family,
-                "method": method,
-                "label": name,
-                "share": count / max(len(live), 1),
-                "count": count,
-            }
-            out.append(row | {"dead": 1 - len(live) / len(part)})
+            row = {"family": family, "method": method, "label": name, "share": count / max(len(live), 1)}
+            out.append(row | {"count": count, "dead": 1 - len(live) / len(part)})
     return pd.DataFrame(out)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from base64 import b64decode, b64encode
@@ -18,6 +19,9 @@ from alignlens.core.style import shrink
 
 # Kernels that start side by side can take each other's TCP port; sockets in the file system cannot collide.
 SOCKETS = Config({"KernelManager": {"transport": "ipc"}})
+
+# Papermill warns of each parameter that a notebook's cell does not list; ours are checked, and a wrong one is refused.
+logging.getLogger("papermill").addFilter(lambda record: "unknown parameter" not in record.getMessage())
 
 
 class NotebookError(AlignlensError):

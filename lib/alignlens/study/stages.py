@@ -16,7 +16,8 @@ class Stage:
 
     name : attribute of the study that asks for it. version : raised by hand when results change. kind : folder in the
     store, by default the name. group : what ``Study.make_all`` calls it. title : in the progress bar. after : stages to
-    finish before its tasks run side by side. ships : whether ``Study.ship`` copies it."""
+    finish before its tasks run side by side. ships : whether ``Study.ship`` copies it. resumes : whether ``make`` goes
+    on after a kill, from ``Study.working``, and says there how far it is."""
 
     name: str
     version: int = 1
@@ -25,6 +26,7 @@ class Stage:
     title: str = ""
     after: tuple[str, ...] = ("variant",)
     ships: bool = False
+    resumes: bool = False
 
     def __init_subclass__(cls):
         if "name" in vars(cls):  # not what several stages only have in common

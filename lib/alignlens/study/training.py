@@ -55,6 +55,7 @@ class Reward(Stage):
     """A reward model trained on the reward split; ``extra["accuracy"]`` is on held-out prompts of that split."""
 
     name, kind, group, title, ships, after = "reward_model", "reward", "rewards", "reward model", True, ("base",)
+    resumes = True
 
     def wanted(self, s):
         return [(f, seed) for f in s.families for seed in s.preset.seeds] if s.needs_reward_model else []
@@ -70,14 +71,17 @@ class Reward(Stage):
 
     def make(self, s, folder, family, seed):
         base = s.source(Variant(family, "base")).model
-        remote = {"device": s.device, "trust_remote_code": s.preset.trust_remote_code}
-        return align.train_reward(folder, base, s.split("reward"), recipe(s, "reward", seed), **remote)
+        return align.train_reward(
+            folder, base, s.split("reward"), recipe(s, "reward", seed), device=s.device,
+            trust_remote_code=s.preset.trust_remote_code, resumable=s.working(self.name, family, seed),
+        )  # fmt: skip
 
 
 class Trained(Stage):
     """A trained adapter with its curves (``table("curves.parquet")``) and its dose (``extra``)."""
 
     name, group, ships, after = "variant", "variants", True, ("base", "reward_model")
+    resumes = True
 
     def wanted(self, s):
         trained = [v for v in s.variants(base=False) if not s.checkpoint(v.family, v.method)]
@@ -108,7 +112,7 @@ class Trained(Stage):
                 reward = _load_reward(s, base, adapter)
         return align.train(
             folder, base, s.split("train"), s.split("reward"), recipe(s, variant.method, variant.seed), reward=reward,
-            device=s.device, trust_remote_code=s.preset.trust_remote_code,
+            device=s.device, trust_remote_code=s.preset.trust_remote_code, resumable=s.working(self.name, variant),
         )  # fmt: skip
 
 
