@@ -57,7 +57,7 @@ def test_keys_follow_what_a_stage_depends_on(smoke, tmp_path):
 @pytest.mark.parametrize("upstream", ["base", "variant", "tokens", "sae", "latents", "behavior", "activations"])
 def test_a_new_version_reaches_everything_downstream(upstream, tmp_path, monkeypatch):
     def key():
-        return study.open("tiny", store=str(tmp_path), progress=False).key("causal", SMOKE)
+        return study.open("smoke", store=str(tmp_path), pretrain_steps=2, progress=False).key("causal", SMOKE)
 
     before = key()
     monkeypatch.setattr(STAGES[upstream], "version", 99)
@@ -163,11 +163,14 @@ def test_a_result_has_every_parameter_that_it_reads_in_its_key(name, smoke, read
     unexplained = set(settings.Preset.model_fields) - {*OTHER, *BY_CONTENT, *ONLY_WANTED, *front.PLACES, "name"}
     assert unexplained == {"split_seed", "trust_remote_code"}, "give each new field another value in OTHER"
     smoke.pairs[["prompt", "chosen", "rejected"]].to_json(path, orient="records", lines=True)
-    base = "tiny:qwen3" if name == "base" else str(smoke.base("llama").path)
-    files = {"FILE": str(path), "BASE": {"llama": base}}
+    base, other = smoke.base("llama").path, tmp_path / "other"
+    shutil.copytree(base, other)
+    (other / "note").touch()
+    files = {"FILE": str(path), "BASE": {"llama": "tiny:qwen3" if name == "base" else str(other)}}
+    given = {} if name == "base" else {"families": {"llama": str(base)}}  # a base whose split changes would be trained
 
     def key(**changes):
-        return study.open("smoke", store=str(smoke.store.root), progress=False, **changes).key(name, *args)
+        return study.open("smoke", store=str(smoke.store.root), progress=False, **given | changes).key(name, *args)
 
     def follows(field):
         values = OTHER[field] if isinstance(OTHER[field], tuple) else (OTHER[field],)
