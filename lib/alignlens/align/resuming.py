@@ -51,6 +51,7 @@ class Resumable(TrainerCallback):
         self.first = kept["facts"]["state"]["global_step"] if kept else 0
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
+            (folder / PROGRESS).write_text(f"from step {self.first} of {recipe.steps}")
             trainer.add_callback(self)
             vars(trainer).update(_save_checkpoint=self._save)  # what every loop calls, once it has logged
 
