@@ -31,14 +31,15 @@ def verdict(result: dict) -> list[dict]:
 def conditions(result: dict) -> dict[str, bool]:
     """What holds, by the names of FLAGS; without those of sections that were not measured."""
     moved, signal, parts = verdicts.answers_moved(result), result["signal"], verdicts.moved_parts(result)
+    kinds = {kind: bool(layers) for kind, layers in verdicts.changed_layers(result).items()}
     found = {
         "configuration_differs": bool(result["models"].get("config_differs")),
         "outside_blocks": bool(parts) and not any(part.startswith("block") for part in parts),
         "few_tokens": "token" in result["latents"].get("reason", "").lower(),
-    }
+    } | (kinds if measured(result, "change") else {})  # fmt: skip
     if measured(result, "behaviour"):
         numbers, side = result["behaviour"]["numbers"], verdicts.favours(result)
-        length, displaced = beyond(numbers["length_shift"]), verdicts.displaced(result)
+        length, displaced, wins = beyond(numbers["length_shift"]), verdicts.displaced(result), numbers.get("win_rate")
         biased = measured(result, "signal") and beyond(signal["baselines"]["length"])
         held = {
             "displacement": displaced, "learned": side == "chosen" and not displaced, "favours_neither": side is None,
@@ -46,19 +47,14 @@ def conditions(result: dict) -> dict[str, bool]:
             "length_drift": length and not biased, "very_far": numbers["kl_token"]["value"] >= verdicts.FAR[-2][0],
         }  # fmt: skip
         found |= {"nothing_moved": not moved} | {name: moved and holds for name, holds in held.items()}
-        if wins := numbers.get("win_rate"):
-            found["judged_worse"] = beyond(wins) and wins["value"] < 0.5
+        found |= {"judged_worse": beyond(wins) and wins["value"] < 0.5} if wins else {}
     if measured(result, "causal"):
         (first, sure), unclear = verdicts.halfway(result), result["causal"]["patching"]["reason"]
-        placed = first is not None and first == sure
-        unplaced = moved and not placed and bool(unclear or first is not None)
-        found |= {"change_placed": placed, "change_unplaced": unplaced}
-    kinds = {kind: bool(layers) for kind, layers in verdicts.changed_layers(result).items()}
-    found |= kinds if measured(result, "change") else {}
+        found["change_placed"] = placed = first is not None and first == sure
+        found["change_unplaced"] = moved and not placed and bool(unclear or first is not None)
     if measured(result, "signal"):
-        best, rows = signal["best"]["aligned"], signal["layers"]
-        read = beyond(next(row["aligned"] for row in rows if row["layer"] == best["layer"]))
-        one, same = len(best["as_good"]) == 1, all(preserved(row["difference"]) for row in rows)
+        rows, one = signal["layers"], len(signal["best"]["aligned"]["as_good"]) == 1
+        read, same = beyond(verdicts.best_auroc(result)), all(preserved(row["difference"]) for row in rows)
         quiet = measured(result, "change") and not any(kinds.values()) and any(beyond(row["base"]) for row in rows)
         found |= {"probe_placed": read and one, "probe_unplaced": read and not one, "unreadable": not read}
         found |= {"preserved": quiet and same, "undecided": quiet and not same}
@@ -68,8 +64,8 @@ def conditions(result: dict) -> dict[str, bool]:
 
 
 def parse(fail_if: dict | str) -> dict[str, float | bool]:
-    """Conditions as checked, {"kl above": 2.0, "displacement": True}, from a mapping or from text with commas: a name
-    of NUMBERS with above or below and a limit, or a name of FLAGS. AuditError for anything else."""
+    """Conditions as checked, {"kl above": 2.0, "displacement": True}, from a mapping or from text with commas: names of
+    NUMBERS with a limit, names of FLAGS. AuditError for anything else."""
     text = ",".join(f"{k} {v}" for k, v in fail_if.items()) if isinstance(fail_if, dict) else str(fail_if)
     out = {}
     for words in filter(None, map(str.split, re.split("[,{}]", re.sub("[:\"']", " ", text)))):
@@ -88,8 +84,8 @@ def parse(fail_if: dict | str) -> dict[str, float | bool]:
 
 def check(result: dict, fail_if: dict | None) -> None:
     """AuditError if any condition holds, naming all that do. One that cannot be told counts as one that does."""
-    holds, numbers = conditions(result), result["behaviour"].get("numbers", {})
-    numbers, failed = numbers | {"weights": result["weights"]["share"]}, []
+    numbers = result["behaviour"].get("numbers", {}) | {"weights": result["weights"]["share"]}
+    holds, failed = conditions(result), []
     for condition, limit in parse(fail_if or {}).items():
         name, *side = condition.split()
         found = numbers.get(name) if side else holds.get(name)
