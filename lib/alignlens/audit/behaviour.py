@@ -42,11 +42,9 @@ def behaviour(audit) -> dict:
     judge = behavior.Judge("true utility", utility) if audit.source == TOYS else None
     room, asked = audit.context - max(map(len, audit.encoded.prompt_ids)), audit.request
     options = {"sampled": asked.sampled, "seed": asked.seed, "batch_size": audit.batch_size}
-    options["response_tokens"] = min(asked.response_tokens, room)
-    base, aligned = (
-        behavior.measure(side.model, audit.format, audit.encoded, judge, reference=reference, **options)
-        for side, reference in ((audit.base, None), (audit.aligned, audit.base.model))
-    )
+    options |= {"judge": judge, "response_tokens": min(asked.response_tokens, room)}
+    measure = partial(behavior.measure, format=audit.format, pairs=audit.encoded, **options)
+    base, aligned = measure(audit.base.model), measure(audit.aligned.model, reference=audit.base.model)
     audit.base_logprobs = base[["chosen_logprob", "rejected_logprob"]].to_numpy()
     chosen, rejected = (aligned[f"{side}_logprob"] - base[f"{side}_logprob"] for side in ("chosen", "rejected"))
     margin = chosen - rejected

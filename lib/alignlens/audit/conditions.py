@@ -22,24 +22,26 @@ def verdict(result: dict) -> list[dict]:
     if measured(result, "signal"):
         facts["best"] = result["signal"]["best"]["aligned"]["layer"]
         facts["length"] = digits(result["signal"]["baselines"]["length"]["value"])
-    for title, text in verdicts.texts(result).items():
+    same = verdicts.NOTHING if result["models"]["identical"] and holds.get("nothing_moved", True) else {}
+    for title, says in verdicts.LINES.items():
         advice = [words.format(**facts) for name, words in ADVICE[title].items() if holds.get(name)]
-        out.append({"title": title, "text": text, "advice": advice})
+        out.append({"title": title, "text": same.get(title) or says(result, holds), "advice": advice})
     return out
 
 
 def conditions(result: dict) -> dict[str, bool]:
     """What holds, by the names of FLAGS; without those of sections that were not measured."""
-    moved, signal, parts = verdicts.answers_moved(result), result["signal"], verdicts.moved_parts(result)
+    moved, signal, parts = False, result["signal"], verdicts.moved_parts(result)
     kinds = {kind: bool(layers) for kind, layers in verdicts.changed_layers(result).items()}
     found = {
         "configuration_differs": bool(result["models"].get("config_differs")),
         "outside_blocks": bool(parts) and not any(part.startswith("block") for part in parts),
         "few_tokens": "token" in result["latents"].get("reason", "").lower(),
-    } | (kinds if measured(result, "change") else {})  # fmt: skip
+    } | (kinds if measured(result, "change") else {})
     if measured(result, "behaviour"):
         numbers, side = result["behaviour"]["numbers"], verdicts.favours(result)
-        length, displaced, wins = beyond(numbers["length_shift"]), verdicts.displaced(result), numbers.get("win_rate")
+        moved, length, shift = beyond(numbers["kl"]), beyond(numbers["length_shift"]), numbers["chosen_shift"]
+        displaced = side == "chosen" and shift["value"] < 0 and beyond(shift)  # favoured, and less likely all the same
         biased = measured(result, "signal") and beyond(signal["baselines"]["length"])
         held = {
             "displacement": displaced, "learned": side == "chosen" and not displaced, "favours_neither": side is None,
@@ -47,7 +49,8 @@ def conditions(result: dict) -> dict[str, bool]:
             "length_drift": length and not biased, "very_far": numbers["kl_token"]["value"] >= verdicts.FAR[-2][0],
         }  # fmt: skip
         found |= {"nothing_moved": not moved} | {name: moved and holds for name, holds in held.items()}
-        found |= {"judged_worse": beyond(wins) and wins["value"] < 0.5} if wins else {}
+        if wins := numbers.get("win_rate"):
+            found["judged_worse"] = beyond(wins) and wins["value"] < 0.5
     if measured(result, "causal"):
         (first, sure), unclear = verdicts.halfway(result), result["causal"]["patching"]["reason"]
         found["change_placed"] = placed = first is not None and first == sure

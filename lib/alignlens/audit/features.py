@@ -57,10 +57,8 @@ def _crosscoder(base, aligned, *, train, test, config, device: str) -> SimpleNam
     learned, held_out = (dict(zip(STREAMS, (base[part], aligned[part]), strict=True)) for part in (train, test))
     fitted = dictionaries.train(learned, config, device=device)
     table, codes, rows = dictionaries.classify(fitted, held_out), fitted.codes(held_out).tocsc(), fitted.rows()
-    energy = np.sqrt(np.asarray(codes.multiply(codes).mean(0)).ravel())
-    spread = np.linalg.norm(held_out["base"].std(0))
-    change = energy * np.linalg.norm(rows["aligned"] - rows["base"], axis=1) / spread
-    change[table.label == "dead"] = 0.0
+    energy = np.sqrt(np.asarray(codes.multiply(codes).mean(0)).ravel()) / np.linalg.norm(held_out["base"].std(0))
+    change = energy * np.linalg.norm(rows["aligned"] - rows["base"], axis=1) * (table.label != "dead").to_numpy()
     level = np.asarray(codes.sum(0)).ravel() / np.maximum(np.diff(codes.indptr), 1)
     strength, quality = level * np.linalg.norm(rows["base"], axis=1), dictionaries.evaluate(fitted, held_out)
     return SimpleNamespace(table=table, codes=codes, rows=rows, change=change, strength=strength, quality=quality)

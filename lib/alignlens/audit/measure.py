@@ -74,8 +74,10 @@ class Audit:
         return self.format.describe(*self.pairs.loc[np.argmin(sizes), ["prompt", "chosen"]])
 
     def estimate(self) -> str:
-        """How long it will take, from a measured rate on a few pairs."""
-        count = len(self.pairs)
+        """Memory from the number of parameters, time from a measured rate on a few pairs."""
+        facts, count = self.base.facts, len(self.pairs)
+        size = facts["parameters"] * self.base.model.dtype.itemsize / 1e9
+        streams = 4e-9 * facts["d_model"] * (4 * count * len(self.layers) + min(self.answer_tokens, MOST_TOKENS))
         few = requests.subset(self.encoded, np.linspace(0, count - 1, 8).astype(int))
         options = {"pad_id": self.format.pad_id, "batch_size": self.batch_size}
         score = partial(models.response_logprobs, self.base.model, few.prompt_ids, few.chosen_ids, **options)
@@ -84,7 +86,8 @@ class Audit:
         repeats = 4 * (1 + causal.LEAST_RANDOM) + len(self.layers) + 3
         passes = 2 * 2 * 3 * count + 2 * repeats * min(self.causal_pairs, count // 2)
         time = f"time: {1 / rate:.3g} answers a second, about {passes:,} passes: {passes * rate / 60:.1f} minutes"
-        return f"{time}, and as much again for sampling, probes and dictionaries"
+        memory = f"memory: 3 copies of {size:.3g} GB while bridges are checked, then 2, and {streams:.3g} GB of streams"
+        return f"{memory}\n{time}, and as much again for sampling, probes and dictionaries"
 
     @cached_property
     def bridges(self) -> dict:

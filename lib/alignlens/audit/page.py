@@ -97,7 +97,7 @@ def gather(paths: list[Path]) -> dict[str, dict]:
             "format": result["format"]["fingerprint"], "layers": result["methods"]["layers"],
         }  # fmt: skip
         first = first or facts
-        for what in (what for what in facts if facts[what] != first[what]):
+        if what := next((what for what in facts if facts[what] != first[what]), None):
             values = f"{what} ({facts[what]} and {first[what]}): compare audits of one base on the same pairs"
             raise AuditError(f"{path} and {paths[0]} differ in their {values}")
         name = result["models"]["aligned"]["name"]

@@ -144,8 +144,8 @@ def patching(axis, section: dict) -> None:
     rows = section["patching"]["layers"]
     layers = _layers(axis, rows, "share of the margin's change")
     _band(axis, layers, [row["share"] for row in rows])
-    for level in (0, 1):
-        axis.axhline(level, color=INK, lw=0.8)
+    axis.axhline(0, color=INK, lw=0.8)
+    axis.axhline(1, color=INK, lw=0.8)
 
 
 def weights(axis, section: dict) -> None:

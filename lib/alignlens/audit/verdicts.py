@@ -80,38 +80,13 @@ def steering_changed(result: dict) -> bool:
     return any(one["low"] > other["high"] or other["low"] > one["high"] for one, other in pairs)
 
 
-def texts(result: dict) -> dict[str, str]:
-    """Five lines by rule: title -> text."""
-    lines = {"How far it moved": _how_far, "Where": _where, "What kind of change": _what_kind,
-             "Within noise": _within_noise, "Not measured": _not_measured}  # fmt: skip
-    same = NOTHING if result["models"]["identical"] and not answers_moved(result) else {}
-    return {title: same.get(title) or says(result) for title, says in lines.items()}
-
-
-def answers_moved(result: dict) -> bool:
-    """Whether the answers differ from the base's beyond noise."""
-    return measured(result, "behaviour") and beyond(result["behaviour"]["numbers"]["kl"])
-
-
-def favours(result: dict) -> str | None:
-    """Which answers the model favours against the base, "chosen" or "rejected"; None if neither beyond noise."""
-    share, margin = (result["behaviour"]["numbers"][n] for n in ("accuracy", "margin"))
-    return ("chosen" if margin["value"] > 0 else "rejected") if beyond(share) or beyond(margin) else None
-
-
-def displaced(result: dict) -> bool:
-    """Likelihood displacement: chosen answers are favoured, and became less likely all the same."""
-    shift = result["behaviour"]["numbers"]["chosen_shift"]
-    return favours(result) == "chosen" and shift["value"] < 0 and beyond(shift)
-
-
-def _how_far(result: dict) -> str:
+def _how_far(result: dict, holds: dict) -> str:
     if not measured(result, "behaviour"):
         return "Not known: the models' answers could not be measured."
     numbers, differ = result["behaviour"]["numbers"], result["models"].get("config_differs")
     text = "" if result["weights"]["share"]["value"] else "The weights are the same. "
     text += f"The configurations differ ({listed(differ)}). " if differ else ""
-    if not beyond(numbers["kl"]):
+    if holds["nothing_moved"]:
         return f"{text or 'The weights differ. '}The answers do not: the KL to the base is nothing beyond noise."
     values, side = {name: x["value"] for name, x in numbers.items()}, favours(result)
     far = next(words for limit, words in FAR if values["kl_token"] < limit)
@@ -119,15 +94,21 @@ def _how_far(result: dict) -> str:
     share = percent(values["accuracy"] if side == "chosen" else 1 - values["accuracy"])
     towards = f"Against the base it now favours the {side} answer in {share} of the held-out pairs."
     text += towards if side else "It favours neither chosen nor rejected answers more than the base did, beyond noise."
-    if displaced(result):
+    if holds["displacement"]:
         less = digits(-values["chosen_shift"])
         text += f" Even the chosen answers became less likely (by {less} nats): likelihood displacement."
-    if beyond(numbers["length_shift"]):
+    if holds["length_bias"] or holds["length_drift"]:
         ends = f"{digits(values['base_length'])} to {digits(values['aligned_length'])} tokens"
         text += f" Its answers became {'longer' if values['length_shift'] > 0 else 'shorter'}: {ends}."
     if "win_rate" in numbers and beyond(numbers["win_rate"]):
         text += f" Its sampled answers win {shown(numbers['win_rate'])} of comparisons with the base's."
     return text
+
+
+def favours(result: dict) -> str | None:
+    """Which answers the model favours against the base, "chosen" or "rejected"; None if neither beyond noise."""
+    share, margin = (result["behaviour"]["numbers"][n] for n in ("accuracy", "margin"))
+    return ("chosen" if margin["value"] > 0 else "rejected") if beyond(share) or beyond(margin) else None
 
 
 def moved_parts(result: dict) -> list[str]:
@@ -143,15 +124,15 @@ def halfway(result: dict) -> tuple[int | None, int | None]:
     return tuple(next((r["layer"] for r in rows if (r["share"][end] or 0) >= 0.5), None) for end in ("high", "low"))
 
 
-def _where(result: dict) -> str:
+def _where(result: dict, holds: dict) -> str:
     moved, last = moved_parts(result), result["models"]["base"]["layers"] - 1
     parts = [f"Only the weights of {listed(moved)} changed."] if 0 < len(moved) <= 3 else []
-    parts += [says(result, last) for says, n in ((_half, "causal"), (_best_read, "signal")) if measured(result, n)]
+    parts += [_half(result, holds, last)] if measured(result, "causal") else []
+    parts += [_best_read(result, holds, last)] if measured(result, "signal") else []
     return " ".join(parts) or "Not known: neither probes nor patching could be measured."
 
 
-def _half(result: dict, last: int) -> str:
-    """After which block half of the change of margin is there, if that can be told."""
+def _half(result: dict, holds: dict, last: int) -> str:
     found, (first, sure) = result["causal"]["patching"], halfway(result)
     if found["reason"]:
         return f"On the {result['causal']['pairs']} pairs of the causal check the change of margin cannot be located."
@@ -160,7 +141,7 @@ def _half(result: dict, last: int) -> str:
         place = found["layers"][-1]["layer"]
         rest = f": the rest comes about behind it, in the {listed(behind)}" if behind and place == last else ""
         return f"Less than half of the change of margin is there after block {place} (of 0 to {last}){rest}."
-    if first == sure:
+    if holds["change_placed"]:
         return f"Half of the change of margin is there after block {first} (of 0 to {last})."
     ends = f"between blocks {first} and {sure}" if sure is not None else f"after block {first} or later"
     return f"Where half of the change of margin comes about cannot be placed: {ends} (of 0 to {last})."
@@ -172,12 +153,11 @@ def best_auroc(result: dict) -> dict:
     return next(row["aligned"] for row in result["signal"]["layers"] if row["layer"] == best)
 
 
-def _best_read(result: dict, last: int) -> str:
-    """After which block preferences are read best, if that can be told."""
+def _best_read(result: dict, holds: dict, last: int) -> str:
     equal, auroc = result["signal"]["best"]["aligned"]["as_good"], best_auroc(result)
-    if not beyond(auroc):
+    if holds["unreadable"]:
         return "No probe reads preferences beyond noise at any layer."
-    if len(equal) == 1:
+    if holds["probe_placed"]:
         return f"Preferences are read best after block {equal[0]} (of 0 to {last}; AUROC {shown(auroc)})."
     between = [row["layer"] for row in result["signal"]["layers"] if equal[0] <= row["layer"] <= equal[-1]]
     which = f"{equal[0]} to {equal[-1]}" if between == equal and len(equal) > 2 else listed(list(map(str, equal)))
@@ -186,18 +166,18 @@ def _best_read(result: dict, last: int) -> str:
     return f"Where preferences are read best cannot be placed: {best}."
 
 
-def _what_kind(result: dict) -> str:
-    parts, changed = [], changed_layers(result)
+def _what_kind(result: dict, holds: dict) -> str:
+    parts = []
     if measured(result, "change"):
-        parts += [kinds_say(result), "" if changed["attenuated"] or changed["created"] else auroc_says(result)]
+        parts += [kinds_say(result), "" if holds["attenuated"] or holds["created"] else auroc_says(result)]
     if measured(result, "latents"):
-        found, labels = labels_say(result), changed_labels(result)
+        found = labels_say(result)
         seen = f"{listed(found)}, more than in the base with itself" if found else "nothing beyond noise"
-        parts.append(f"Crosscoder latents: {seen}." + (f" {trust_says(result)}" if "shared_rotated" in labels else ""))
+        parts += [f"Crosscoder latents: {seen}.", trust_says(result) * ("shared_rotated" in changed_labels(result))]
     return " ".join(filter(None, parts)) or "Not known: neither probes nor latents could be measured."
 
 
-def _within_noise(result: dict) -> str:
+def _within_noise(result: dict, _: dict) -> str:
     found, power = findings(result), result["power"]
     if not found["within"]:
         return "None of the comparisons."
@@ -210,7 +190,7 @@ def _within_noise(result: dict) -> str:
     return text + (f" Smallest changes that would have been seen: {listed(seen)}." if seen else "")
 
 
-def _not_measured(result: dict) -> str:
+def _not_measured(result: dict, _: dict) -> str:
     names = {"signal": "probes", "change": "kinds of change", "causal": "causal tests"}
     sections = ("behaviour", "signal", "change", "latents", "causal")
     parts = [f"{names.get(n, n)}: {result[n]['reason']}" for n in sections if not measured(result, n)]
@@ -218,6 +198,12 @@ def _not_measured(result: dict) -> str:
         parts.append("whether the answers got better (there is no judge)")
     text = "; ".join(part.rstrip(".") for part in [*parts, "whether these prompts were trained on"])
     return f"{text[:1].upper()}{text[1:]}."
+
+
+LINES = {  # of the verdict
+    "How far it moved": _how_far, "Where": _where, "What kind of change": _what_kind, "Within noise": _within_noise,
+    "Not measured": _not_measured,
+}  # fmt: skip
 
 
 def auroc_says(result: dict) -> str:
