@@ -7,49 +7,46 @@ import numpy as np
 import torch
 
 from alignlens import behavior, models
+from alignlens.audit import sides
 from alignlens.audit.numbers import exact, mean, rounded
-from alignlens.audit.requests import TOYS
+from alignlens.audit.requests import IDS, TOYS
 from alignlens.preferences import tinyworld
 
 SHOWN_PAIRS, SHOWN_TOKENS = 3, 120  # pairs whose preference flipped, of each way; tokens of an answer
 SHOWN_LETTERS = 400  # of a prompt, its last
+UNIT = "share of the norm"
 
 
 def weights(audit) -> dict:
     """How far the weights of each block, and of the parts in no block, moved, as a share of their norm."""
-    both, sums = [side.model for side in (audit.base, audit.aligned)], {}
-    named = {"embedding": both[0].get_input_embeddings(), "head": both[0].get_output_embeddings()}
-    tied = all(m.get_output_embeddings().weight is m.get_input_embeddings().weight for m in both)
-    theirs = both[1].state_dict()
-    for name, weight in both[0].state_dict().items():
-        module = both[0].get_submodule(name.rpartition(".")[0])
+    model, theirs, sums = audit.base.model, audit.aligned.model.state_dict(), {}
+    tied = all(sides.tied(side.model) for side in (audit.base, audit.aligned))
+    named = {id(model.get_output_embeddings()): "head"}
+    named[id(model.get_input_embeddings())] = "embedding and head (tied)" if tied else "embedding"
+    for name, weight in model.state_dict().items():
         rest = "final norm" if re.search(r"(norm|ln\w*)\.\w+$", name) else "other"
-        part = next((int(word) for word in name.split(".") if word.isdigit()), rest)
-        part = next((known for known, found in named.items() if module is found), part)
+        block = next((int(word) for word in name.split(".") if word.isdigit()), rest)
+        part = named.get(id(model.get_submodule(name.rpartition(".")[0])), block)
         if weight.is_floating_point() and not (tied and part == "head"):
             moved = (theirs[name].float() - weight.float()).square().sum(), weight.float().square().sum()
             sums[part] = sums.get(part, 0) + np.array([float(square) for square in moved])
-    whole, unit = sum(sums.values()), "share of the norm"
-    share = {part: exact(np.sqrt(moved / max(size, 1e-30)), unit) for part, (moved, size) in sums.items()}
+    share = {part: exact(np.sqrt(moved / max(size, 1e-30)), UNIT) for part, (moved, size) in sums.items()}
     blocks = [{"layer": part, "share": share.pop(part)} for part in sorted(p for p in sums if isinstance(p, int))]
-    names = {"embedding": "embedding and head (tied)" if tied else "embedding"}
-    parts = [{"part": names.get(part, part), "share": found} for part, found in share.items()]
-    return {"share": exact(np.sqrt(whole[0] / whole[1]), unit), "layers": blocks, "parts": parts}
+    parts = [{"part": part, "share": found} for part, found in share.items()]
+    return {"share": exact(np.sqrt(np.divide(*sum(sums.values()))), UNIT), "layers": blocks, "parts": parts}
 
 
 def behaviour(audit) -> dict:
     """Log-probabilities of the pairs and sampled answers, aligned against base."""
-    judge = behavior.Judge("true utility", _utility) if audit.source == TOYS else None
+    utility = lambda *texts: tinyworld.score(*texts).rename(columns={"utility": "score"})  # noqa: E731
+    judge = behavior.Judge("true utility", utility) if audit.source == TOYS else None
     room, asked = audit.context - max(map(len, audit.encoded.prompt_ids)), audit.request
     options = {"sampled": asked.sampled, "seed": asked.seed, "batch_size": audit.batch_size}
-    options["response_tokens"] = min(asked.response_tokens, room)
-    base, aligned = (
-        behavior.measure(side.model, audit.format, audit.encoded, judge, reference=reference, **options)
-        for side, reference in ((audit.base, None), (audit.aligned, audit.base.model))
-    )
+    options |= {"judge": judge, "response_tokens": min(asked.response_tokens, room)}
+    measure = partial(behavior.measure, format=audit.format, pairs=audit.encoded, **options)
+    base, aligned = measure(audit.base.model), measure(audit.aligned.model, reference=audit.base.model)
     audit.base_logprobs = base[["chosen_logprob", "rejected_logprob"]].to_numpy()
-    chosen = aligned.chosen_logprob - base.chosen_logprob
-    rejected = aligned.rejected_logprob - base.rejected_logprob
+    chosen, rejected = (aligned[f"{side}_logprob"] - base[f"{side}_logprob"] for side in ("chosen", "rejected"))
     margin = chosen - rejected
     few = (audit.base.model, audit.encoded.prompt_ids[:8], audit.encoded.chosen_ids[:8])
     one, many = (models.response_logprobs(*few, pad_id=audit.format.pad_id, batch_size=n) for n in (1, 8))
@@ -58,15 +55,14 @@ def behaviour(audit) -> dict:
     numbers = {
         "kl": of(aligned.kl, unit="nats an answer", floor=rounding),
         "kl_token": of(aligned.kl / aligned.length, unit="nats a token", floor=rounding),
-        "accuracy": of((np.sign(margin) + 1) / 2, unit="share of pairs", null=0.5),
-        "margin": of(margin, unit="nats"), "chosen_shift": of(chosen, unit="nats"),
-        "rejected_shift": of(rejected, unit="nats"),
+        "accuracy": of((np.sign(margin) + 1) / 2, unit="share of pairs", null=0.5), "margin": of(margin, unit="nats"),
+        "chosen_shift": of(chosen, unit="nats"), "rejected_shift": of(rejected, unit="nats"),
         "length_shift": of(aligned.length - base.length, unit="tokens"),
         "base_length": of(base.length, unit="tokens", floor=0.0),
         "aligned_length": of(aligned.length, unit="tokens", floor=0.0),
     }  # fmt: skip
-    if "score" in aligned:
-        better = ((np.sign(aligned.score - base.score) + 1) / 2).where(aligned.score.notna())
+    if judge:
+        better = (np.sign(aligned.score - base.score) + 1) / 2
         numbers["win_rate"] = of(better, unit="share of prompts", null=0.5)
     return {
         "numbers": numbers, "answers": int(aligned.kl.notna().sum()),
@@ -77,10 +73,6 @@ def behaviour(audit) -> dict:
     }  # fmt: skip
 
 
-def _utility(prompts, responses):
-    return tinyworld.score(prompts, responses).rename(columns={"utility": "score"})
-
-
 def _histogram(values) -> dict:
     """Counts over 40 equal bins between the 0.5 and 99.5 percentiles."""
     low, high = np.percentile(values, (0.5, 99.5))
@@ -89,25 +81,23 @@ def _histogram(values) -> dict:
 
 
 def _flipped(audit, base, aligned, rounding: float) -> dict[str, dict]:
-    """Pairs by way: "lost", where the base gives the chosen answer the higher log-probability and the aligned model the
-    rejected one, and "won", the reverse. Of each way: pairs, how many flipped; of, how many could; shown, those whose
-    margin changed most. rounding : nats below which a margin's change is none."""
+    """Pairs of which the base prefers the chosen answer and the aligned model the rejected one ("lost"), or the reverse
+    ("won"): how many, of how many, and those whose margin changed most, by more than rounding."""
     before, after = (table.chosen_logprob - table.rejected_logprob for table in (base, aligned))
-    change, out = after - before, {}
+    change, out = abs(after - before), {}
     for way, sign in (("lost", 1), ("won", -1)):
-        rows = np.flatnonzero((sign * before > 0) & (sign * after < 0) & (abs(change) > rounding))
-        most = rows[np.argsort(-np.abs(change.to_numpy()[rows]), kind="stable")][:SHOWN_PAIRS]
+        flipped = change[(sign * before > 0) & (sign * after < 0) & (change > rounding)]
+        most = flipped.sort_values(ascending=False, kind="stable").index[:SHOWN_PAIRS]
         shown = [_pair(audit, i) | {"base": rounded(before[i]), "aligned": rounded(after[i])} for i in most]
-        out[way] = {"pairs": len(rows), "of": int((sign * before > 0).sum()), "shown": shown}
+        out[way] = {"pairs": len(flipped), "of": int((sign * before > 0).sum()), "shown": shown}
     return out
 
 
 def _pair(audit, i: int) -> dict:
     """A prompt and its two answers."""
-    prompt, encoded = audit.encoded.prompts[i].strip(), audit.encoded
+    prompt, ids = audit.encoded.prompts[i].strip(), [getattr(audit.encoded, name)[i] for name in IDS]
     shown = prompt if len(prompt) <= SHOWN_LETTERS else f"… {prompt[-SHOWN_LETTERS:]}"
-    sides = {"chosen": encoded.chosen_ids[i], "rejected": encoded.rejected_ids[i]}
-    return {"prompt": shown} | {side: _answer(audit, encoded.prompt_ids[i], ids) for side, ids in sides.items()}
+    return {"prompt": shown, "chosen": _answer(audit, ids[0], ids[1]), "rejected": _answer(audit, ids[0], ids[2])}
 
 
 @torch.inference_mode()

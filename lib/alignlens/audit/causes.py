@@ -1,7 +1,6 @@
 """Does the preference direction drive preferences, and after which block does the change of margin come about?"""
 
 import hashlib
-from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -17,33 +16,33 @@ UNITS = {"margin": "nats", "accuracy": "share of pairs"}
 def causes(audit) -> dict:
     """Steering and ablation at the middle layer along a direction from half of the prompts, tested on the other half;
     patching at every layer."""
-    seed, bridges = audit.request.seed, audit.bridges
+    seed, bridges, tests = audit.request.seed, audit.bridges, {}
     directions = {name: _direction(read, seed) for name, read in audit.tokens.items()}
     held = np.flatnonzero(halves(audit.encoded.prompt_id, seed) == 1)[: audit.causal_pairs]
     held = subset(audit.encoded, held)
     options = {"batch_size": audit.batch_size, "bootstrap": audit.request.bootstrap}
     words = options | {"layer": audit.middle, "seed": seed}
-    tests = {}
     for model, bridged in bridges.items():
         own = {"own": directions[model]}
         both = own | ({"base's": directions["base"]} if model == "aligned" else {})
         steered = causal.steer(bridged, audit.format, held, both, strength=STRENGTH, **words)
         table = pd.concat([steered, causal.ablate(bridged, audit.format, held, own, **words)])
-        tests[model] = []
-        for row in table[(table.kind == "named") & table.measure.isin(UNITS)].itertuples():
-            # Random directions of the same size reach as far by chance.
-            reach = max(abs(row.random_low - row.random_mean), abs(row.random_high - row.random_mean))
-            effect = number(row.value, row.low, row.high, null=row.random_mean, floor=reach, unit=UNITS[row.measure])
-            names = {"intervention": row.intervention, "direction": row.name, "measure": row.measure}
-            tests[model].append(names | {"effect": effect, "p": rounded(row.p), "beats": bool(row.beats)})
+        tests[model] = [_test(row) for row in table[table.kind == "named"].itertuples() if row.measure in UNITS]
     patched = causal.patch(bridges["aligned"], bridges["base"], audit.format, held, layers=audit.layers, **options)
-    reason = patched.reason.iloc[0]
-    share = partial(number, floor=0.0, unit="share of the change")
-    shares = [{"layer": row.layer, "share": share(row.share, row.low, row.high)} for row in patched.itertuples()]
+    reason, words = patched.reason.iloc[0], {"floor": 0.0, "unit": "share of the change"}
+    shares = [{"layer": r.layer, "share": number(r.share, r.low, r.high, **words)} for r in patched.itertuples()]
     return {
         "layer": audit.middle, "strength": STRENGTH, "pairs": len(held), "random": causal.LEAST_RANDOM,
         "tests": tests, "patching": {"layers": [] if reason else shares, "reason": reason},
     }  # fmt: skip
+
+
+def _test(row) -> dict:
+    """One test as JSON. The floor of its effect: how far random directions of the same size reach by chance."""
+    reach = max(abs(row.random_low - row.random_mean), abs(row.random_high - row.random_mean))
+    effect = number(row.value, row.low, row.high, null=row.random_mean, floor=reach, unit=UNITS[row.measure])
+    names = {"intervention": row.intervention, "direction": row.name, "measure": row.measure}
+    return names | {"effect": effect, "p": rounded(row.p), "beats": bool(row.beats)}
 
 
 def halves(prompt_id: np.ndarray, seed: int) -> np.ndarray:

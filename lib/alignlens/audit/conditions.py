@@ -22,23 +22,26 @@ def verdict(result: dict) -> list[dict]:
     if measured(result, "signal"):
         facts["best"] = result["signal"]["best"]["aligned"]["layer"]
         facts["length"] = digits(result["signal"]["baselines"]["length"]["value"])
-    for title, text in verdicts.texts(result).items():
+    same = verdicts.NOTHING if result["models"]["identical"] and holds.get("nothing_moved", True) else {}
+    for title, says in verdicts.LINES.items():
         advice = [words.format(**facts) for name, words in ADVICE[title].items() if holds.get(name)]
-        out.append({"title": title, "text": text, "advice": advice})
+        out.append({"title": title, "text": same.get(title) or says(result, holds), "advice": advice})
     return out
 
 
 def conditions(result: dict) -> dict[str, bool]:
     """What holds, by the names of FLAGS; without those of sections that were not measured."""
-    moved, signal, parts = verdicts.answers_moved(result), result["signal"], verdicts.moved_parts(result)
+    moved, signal, parts = False, result["signal"], verdicts.moved_parts(result)
+    kinds = {kind: bool(layers) for kind, layers in verdicts.changed_layers(result).items()}
     found = {
         "configuration_differs": bool(result["models"].get("config_differs")),
         "outside_blocks": bool(parts) and not any(part.startswith("block") for part in parts),
         "few_tokens": "token" in result["latents"].get("reason", "").lower(),
-    }
+    } | (kinds if measured(result, "change") else {})
     if measured(result, "behaviour"):
         numbers, side = result["behaviour"]["numbers"], verdicts.favours(result)
-        length, displaced = beyond(numbers["length_shift"]), verdicts.displaced(result)
+        moved, length, shift = beyond(numbers["kl"]), beyond(numbers["length_shift"]), numbers["chosen_shift"]
+        displaced = side == "chosen" and shift["value"] < 0 and beyond(shift)  # favoured, and less likely all the same
         biased = measured(result, "signal") and beyond(signal["baselines"]["length"])
         held = {
             "displacement": displaced, "learned": side == "chosen" and not displaced, "favours_neither": side is None,
@@ -50,15 +53,11 @@ def conditions(result: dict) -> dict[str, bool]:
             found["judged_worse"] = beyond(wins) and wins["value"] < 0.5
     if measured(result, "causal"):
         (first, sure), unclear = verdicts.halfway(result), result["causal"]["patching"]["reason"]
-        placed = first is not None and first == sure
-        unplaced = moved and not placed and bool(unclear or first is not None)
-        found |= {"change_placed": placed, "change_unplaced": unplaced}
-    kinds = {kind: bool(layers) for kind, layers in verdicts.changed_layers(result).items()}
-    found |= kinds if measured(result, "change") else {}
+        found["change_placed"] = placed = first is not None and first == sure
+        found["change_unplaced"] = moved and not placed and bool(unclear or first is not None)
     if measured(result, "signal"):
-        best, rows = signal["best"]["aligned"], signal["layers"]
-        read = beyond(next(row["aligned"] for row in rows if row["layer"] == best["layer"]))
-        one, same = len(best["as_good"]) == 1, all(preserved(row["difference"]) for row in rows)
+        rows, one = signal["layers"], len(signal["best"]["aligned"]["as_good"]) == 1
+        read, same = beyond(verdicts.best_auroc(result)), all(preserved(row["difference"]) for row in rows)
         quiet = measured(result, "change") and not any(kinds.values()) and any(beyond(row["base"]) for row in rows)
         found |= {"probe_placed": read and one, "probe_unplaced": read and not one, "unreadable": not read}
         found |= {"preserved": quiet and same, "undecided": quiet and not same}
@@ -68,8 +67,8 @@ def conditions(result: dict) -> dict[str, bool]:
 
 
 def parse(fail_if: dict | str) -> dict[str, float | bool]:
-    """Conditions as checked, {"kl above": 2.0, "displacement": True}, from a mapping or from text with commas: a name
-    of NUMBERS with above or below and a limit, or a name of FLAGS. AuditError for anything else."""
+    """Conditions as checked, {"kl above": 2.0, "displacement": True}, from a mapping or from text with commas: names of
+    NUMBERS with a limit, names of FLAGS. AuditError for anything else."""
     text = ",".join(f"{k} {v}" for k, v in fail_if.items()) if isinstance(fail_if, dict) else str(fail_if)
     out = {}
     for words in filter(None, map(str.split, re.split("[,{}]", re.sub("[:\"']", " ", text)))):
@@ -88,8 +87,8 @@ def parse(fail_if: dict | str) -> dict[str, float | bool]:
 
 def check(result: dict, fail_if: dict | None) -> None:
     """AuditError if any condition holds, naming all that do. One that cannot be told counts as one that does."""
-    holds, numbers = conditions(result), result["behaviour"].get("numbers", {})
-    numbers, failed = numbers | {"weights": result["weights"]["share"]}, []
+    numbers = result["behaviour"].get("numbers", {}) | {"weights": result["weights"]["share"]}
+    holds, failed = conditions(result), []
     for condition, limit in parse(fail_if or {}).items():
         name, *side = condition.split()
         found = numbers.get(name) if side else holds.get(name)

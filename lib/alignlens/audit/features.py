@@ -21,23 +21,20 @@ PLANTED = 0.125  # of the live latents, as many rotated features are planted (8 
 
 def features(audit) -> dict:
     """Labels of the latents, beside two nulls, and the latents that changed most."""
-    read, seed = audit.tokens, audit.request.seed
-    tokens = read["base"]
-    base, aligned = (np.asarray(found.at(audit.middle), np.float32) for found in read.values())
+    tokens, seed = audit.tokens["base"], audit.request.seed
+    base, aligned = (np.asarray(found.at(audit.middle), np.float32) for found in audit.tokens.values())
     keep = ~(activations.high_norm(base) | activations.high_norm(aligned))
     half = halves(tokens.prompt_id, seed)[tokens.row]
     train, test = keep & (half == 0), keep & (half == 1)
-    size = int(train.sum())
-    if size < LEAST_TOKENS:
+    if (size := int(train.sum())) < LEAST_TOKENS:
         raise NotMeasured(f"The training half has {size:,} response tokens; a crosscoder needs {LEAST_TOKENS:,}.")
     # About 60 training tokens a latent, and about 300 steps.
     width = min(int(2 ** np.clip(round(math.log2(size / 60)), 6, 11)), 8 * base.shape[1])
-    batch = int(min(512, size // 8))
-    epochs = float(np.clip(300 * batch / size, 3, 30))
-    config = dictionaries.Config(width=width, k=min(12, width // 8), epochs=epochs, batch_size=batch, seed=seed)
+    options = {"batch_size": min(512, size // 8), "epochs": float(np.clip(300 * min(512, size // 8) / size, 3, 30))}
+    config = dictionaries.Config(width=width, k=min(12, width // 8), seed=seed, **options)
     crosscoder = partial(_crosscoder, train=train, test=test, config=config, device=audit.device)
     found, null = crosscoder(base, aligned), crosscoder(base, base)
-    r2 = {name: rounded(found.quality[f"r2_{name}"]) for name in read}
+    r2 = {name: rounded(found.quality[f"r2_{name}"]) for name in STREAMS}
     if (worst := min(r2.values())) < READABLE:
         seen = f"The crosscoder explains {worst:.2f} of the variance of held-out tokens, under {READABLE}"
         raise NotMeasured(f"{seen}: with {size:,} training tokens its latents are not read.")
@@ -47,7 +44,7 @@ def features(audit) -> dict:
     return {
         "layer": audit.middle, "width": config.width, "k": config.k, "tokens": size,
         "held_out": int(test.sum()), "masked": int((~keep).sum()), "r2": r2,
-        "live": int((found.table.label != "dead").sum()), "labels": _shares(found.table, null.table),
+        "live": int((found.table.label != "dead").sum()), "labels": _shares(found.table, _shares(null.table)),
         "shuffled": {} if shuffled is None else _shares(shuffled.table),
         "planted": _planted(base, null, crosscoder, seed),
         "change_floor": rounded(floor), "top": _top(audit, found, np.flatnonzero(test), floor),
@@ -55,31 +52,22 @@ def features(audit) -> dict:
 
 
 def _crosscoder(base, aligned, *, train, test, config, device: str) -> SimpleNamespace:
-    """A crosscoder of two models' streams on held-out tokens: table, codes, quality, and change [latents], by how much
-    a latent's own writing differs between the models on an average token, as a share of the stream's spread; strength
-    [latents], the norm of what it writes into the base where it fires."""
-    fitted = dictionaries.train({"base": base[train], "aligned": aligned[train]}, config, device=device)
-    held_out = {"base": base[test], "aligned": aligned[test]}
+    """A crosscoder on held-out tokens: table, codes, quality, and of each latent: change, how much its writing differs
+    on an average token, as a share of the stream's spread; strength, the norm of what it writes where it fires."""
+    learned, held_out = (dict(zip(STREAMS, (base[part], aligned[part]), strict=True)) for part in (train, test))
+    fitted = dictionaries.train(learned, config, device=device)
     table, codes, rows = dictionaries.classify(fitted, held_out), fitted.codes(held_out).tocsc(), fitted.rows()
-    energy = np.sqrt(np.asarray(codes.multiply(codes).mean(0)).ravel())
-    spread = np.linalg.norm(held_out["base"].std(0))
-    change = energy * np.linalg.norm(rows["aligned"] - rows["base"], axis=1) / spread
-    change[table.label == "dead"] = 0.0
+    energy = np.sqrt(np.asarray(codes.multiply(codes).mean(0)).ravel()) / np.linalg.norm(held_out["base"].std(0))
+    change = energy * np.linalg.norm(rows["aligned"] - rows["base"], axis=1) * (table.label != "dead").to_numpy()
     level = np.asarray(codes.sum(0)).ravel() / np.maximum(np.diff(codes.indptr), 1)
-    found = {
-        "strength": level * np.linalg.norm(rows["base"], axis=1),
-        "quality": dictionaries.evaluate(fitted, held_out),
-    }
-    return SimpleNamespace(table=table, codes=codes, rows=rows, change=change, **found)
+    strength, quality = level * np.linalg.norm(rows["base"], axis=1), dictionaries.evaluate(fitted, held_out)
+    return SimpleNamespace(table=table, codes=codes, rows=rows, change=change, strength=strength, quality=quality)
 
 
 def _planted(base: np.ndarray, null, crosscoder, seed: int) -> dict:
-    """Recall and false discovery of "rotated" at the audit's own width, sparsity and tokens.
-
-    Both streams are the base's [tokens, d_model]. A planted feature fires at random tokens, as often and as strongly as
-    a latent of the base with itself; it writes along a random direction in one stream, and one turned by 30 to 60
-    degrees in the other. Nothing else differs, so whatever else is called rotated is not. null : the crosscoder of the
-    base with itself; crosscoder : (base, aligned) -> another, trained and read in the same way."""
+    """Recall and false discovery of "rotated" for a crosscoder like the audit's own, by features planted into copies of
+    the base: each fires as often and as strongly as a latent of the base with itself (null), and writes along
+    directions 30 to 60 degrees apart. Whatever else is called rotated is not."""
     rng, live = np.random.default_rng([seed, 11]), np.flatnonzero(null.table.label != "dead")
     like = rng.permutation(live)[: max(8, round(PLANTED * len(live)))]
     fires = rng.random((len(base), len(like)), np.float32) < null.table.density.to_numpy()[like]
@@ -101,31 +89,31 @@ def _planted(base: np.ndarray, null, crosscoder, seed: int) -> dict:
     }  # fmt: skip
 
 
-def _shares(table: pd.DataFrame, null: pd.DataFrame | None = None) -> dict[str, dict]:
+def _shares(table: pd.DataFrame, null: dict | None = None) -> dict[str, dict]:
     """Shares of live latents by label with Wilson's interval; the floor is the upper end of the null's interval."""
-    floors = {} if null is None else {name: share["high"] for name, share in _shares(null).items()}
-    live, words = table.label[table.label != "dead"], {"unit": "share of live latents"}
-    counts = {name: int((live == name).sum()) for name in dictionaries.LABELS[1:]}
-    return {n: wilson(counts[n], max(len(live), 1), floor=floors.get(n, 0.0), **words) for n in counts}
+    live, shares = table.label[table.label != "dead"], {}
+    for name in dictionaries.LABELS[1:]:
+        words = {"floor": null[name]["high"] if null else 0.0, "unit": "share of live latents"}
+        shares[name] = wilson(int((live == name).sum()), max(len(live), 1), **words)
+    return shares
 
 
 def _top(audit, found, index: np.ndarray, floor: float) -> list[dict]:
     """The latents that changed most, each with texts where it fires. index : the held-out tokens."""
     tokens, codes, seed = audit.tokens["base"], found.codes.tocsr(), audit.request.seed
     part = SimpleNamespace(row=tokens.row[index], side=tokens.side[index], prompt_id=tokens.prompt_id)
-    use = latents.usage(codes, part)
-    top, out = [i for i in np.argsort(-found.change, kind="stable")[:TOP_LATENTS] if found.change[i] > floor], []
-    for i, row in found.table.iloc[top].iterrows():
+    use, out = latents.usage(codes, part), []
+    for i in np.argsort(-found.change, kind="stable")[: min(TOP_LATENTS, int((found.change > floor).sum()))]:
         # Its interval is that of the root of the mean square of its code, with which a latent's change grows.
-        squares = found.codes[:, [i]].toarray().ravel() ** 2
+        row, squares = found.table.loc[i], found.codes[:, [i]].toarray().ravel() ** 2
         square = mean(squares, part.prompt_id[part.row], floor=0.0, seed=seed)
         scale = found.change[i] / max(math.sqrt(square["value"]), 1e-30)
         ends = (scale * math.sqrt(max(square[end], 0.0)) for end in ("low", "high"))
         shown = latents.examples(codes, part, i, bands=1, per_band=3, seed=seed)["index"]
         out.append({
-            "latent": i, "label": row.label,
+            "latent": int(i), "label": row.label,
             "change": number(found.change[i], *ends, floor=floor, unit="share of the stream's spread"),
-            "degrees": rounded(row.degrees), "ratio": rounded(row.ratio), "density": rounded(row.density),
+            **{name: rounded(row[name]) for name in ("degrees", "ratio", "density")},
             "effect": changed(use.iloc[i], "effect", unit="mean code, chosen - rejected"),
             "examples": [_context(audit, tokens, int(index[k])) for k in shown],
         })  # fmt: skip
@@ -136,7 +124,6 @@ def _context(audit, tokens, at: int, around: int = 10) -> list[str]:
     """Text before a token, the token, and text after it, within its answer."""
     inside = np.flatnonzero((tokens.row == tokens.row[at]) & (tokens.side == tokens.side[at]))
     parts = inside[(inside < at) & (inside >= at - around)], [at], inside[(inside > at) & (inside <= at + around)]
-    decode = audit.format.tokenizer.decode
-    before, token, after = (decode(tokens.token_id[part].tolist()) for part in parts)
+    before, token, after = (audit.format.tokenizer.decode(tokens.token_id[part].tolist()) for part in parts)
     bare = token.lstrip()  # a mark looks ragged with the space of its word
     return [before + token[: len(token) - len(bare)], bare, after]

@@ -15,8 +15,8 @@ POWER = 1 + norm.ppf(0.8) / norm.ppf(0.975)  # effect, in halves of a 95 % inter
 def number(value, low=math.nan, high=math.nan, *, null=0.0, floor=math.nan, unit="") -> dict:
     """One measured number with its 95 % interval. null : the value if nothing happened. floor : the distance from null
     that noise alone reaches in 95 % of cases."""
-    out = {"value": value, "low": low, "high": high, "null": null, "floor": floor}
-    return {name: rounded(v) for name, v in out.items()} | {"unit": unit}
+    names = ("value", "low", "high", "null", "floor")
+    return dict(zip(names, map(rounded, (value, low, high, null, floor)), strict=True)) | {"unit": unit}
 
 
 def rounded(value) -> float | None:
@@ -40,17 +40,15 @@ def changed(row, name: str, **words) -> dict:
 
 
 def mean(values, prompt_id, *, null=0.0, floor=None, unit="", seed=0) -> dict:
-    """Mean of the finite values [rows] with a bootstrap over prompts. floor : by flipping signs of prompts about null,
-    which is the exact null of a difference whose sides are exchangeable."""
-    sums, counts = by_group(np.asarray(values, float), prompt_id)
-    sums, counts = sums[counts > 0], counts[counts > 0]
-    rng = np.random.default_rng(seed)
+    """Mean of the finite values [rows], redrawn over prompts. floor : by flipping signs of prompts about null."""
+    totals, rng = np.stack(by_group(np.asarray(values, float), prompt_id)), np.random.default_rng(seed)
+    sums, counts = totals[:, totals[1] > 0]
     weights = resample(len(sums), DRAWS, rng)
-    low, high = interval(weights @ sums / (weights @ counts))
+    ends = interval(weights @ sums / (weights @ counts))
     if floor is None:
         signs = rng.choice((-1.0, 1.0), size=(DRAWS, len(sums)))
         floor = np.percentile(np.abs(signs @ (sums - null * counts)) / counts.sum(), 95)
-    return number(sums.sum() / counts.sum(), low, high, null=null, floor=floor, unit=unit)
+    return number(sums.sum() / counts.sum(), *ends, null=null, floor=floor, unit=unit)
 
 
 def drawn(values: np.ndarray, **words) -> dict:
@@ -59,8 +57,8 @@ def drawn(values: np.ndarray, **words) -> dict:
 
 
 def as_good(draws: np.ndarray) -> list[int]:
-    """Which items may be the largest of all, from values and joint draws [items, 1 + draws]: those that none exceeds by
-    more than 95 % of draws let any two differ by chance (max-t over all pairs)."""
+    """Which items may be the largest, by max-t over all pairs of values and joint draws [items, 1 + draws]: those that
+    none exceeds by more than 95 % of draws let any two differ by chance."""
     centred, ahead = draws[:, 1:] - draws[:, 1:].mean(1, keepdims=True), draws[:, :1] - draws[:, 0]
     apart = centred[:, None] - centred
     error = apart.std(2) + 1e-12
@@ -76,10 +74,8 @@ def wilson(count: int, total: int, **words) -> dict:
 
 def beyond(x: dict) -> bool:
     """Whether a number is more than noise: its interval leaves out the null, and it lies farther off than the floor."""
-    if x["low"] is None or x["high"] is None:
-        return False
-    apart = x["low"] > x["null"] or x["high"] < x["null"]
-    return apart and abs(x["value"] - x["null"]) > (x["floor"] or 0.0)
+    known, null = None not in (x["low"], x["high"]), x["null"]
+    return known and not x["low"] <= null <= x["high"] and abs(x["value"] - null) > (x["floor"] or 0.0)
 
 
 def preserved(x: dict) -> bool:
@@ -93,7 +89,6 @@ def detectable(x: dict) -> float | None:
 
 
 def measured(result: dict, name: str) -> bool:
-    """Whether a section of a result was measured."""
     return result[name]["status"] == "measured"
 
 

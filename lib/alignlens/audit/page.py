@@ -36,22 +36,21 @@ def comparison(results: dict[str, dict]) -> str:
 
 
 def write(result: dict, folder: str | Path) -> list[Path]:
-    """audit.json (the result and its verdict) and audit.html in a folder; paths of both. An old audit stays whole until
-    the new one is."""
+    """audit.json (the result and its verdict) and audit.html in a folder; paths of both."""
     result = result | {"verdict": conditions.verdict(result)}
     return save(folder, {"audit.html": render(result), "audit.json": result})
 
 
 def save(folder: str | Path, files: dict[str, str | dict]) -> list[Path]:
-    """Write texts and JSON values into a folder, all or none."""
+    """Write texts and JSON values into a folder, all or none: old ones stay whole until the new ones are."""
     folder = Path(folder).expanduser().absolute()
     try:
         with replacing_folder(folder, merge=True) as beside:
             for name, content in files.items():
-                if isinstance(content, str):
-                    (beside / name).write_text(content, encoding="utf-8")
-                else:
+                if name.endswith(".json"):
                     write_json(beside / name, content)
+                else:
+                    (beside / name).write_text(content, encoding="utf-8")
     except OSError as error:
         raise AuditError(f"nothing can be written to {folder.name!r}: {error.strerror or error}") from error
     return [folder / name for name in files]
@@ -67,8 +66,7 @@ def read(path: str | Path) -> dict:
         raise AuditError(f"{file} does not exist: give an audit.json or the folder that holds one") from None
     except (OSError, ValueError) as error:
         raise AuditError(f"{file} is no readable audit.json: {error}") from error
-    found = result.get("schema") if isinstance(result, dict) else None
-    if found != SCHEMA:
+    if (found := result.get("schema") if isinstance(result, dict) else None) != SCHEMA:
         raise AuditError(f"{file} has schema {found!r}, this version reads {SCHEMA!r}: make the audit again")
     if problem := best_match(_SCHEMA.iter_errors(result)):
         where = f"{problem.json_path}: {problem.message[:200]}"
@@ -78,9 +76,8 @@ def read(path: str | Path) -> dict:
 
 def find(audits) -> list[Path]:
     """Files of a list, or of text with commas; folders and patterns with * stand for the audit.json in them."""
-    parts = audits if isinstance(audits, list | tuple) else [p.strip() for p in str(audits or "").split(",")]
-    out = []
-    for part in filter(None, map(str, parts)):
+    parts, out = audits if isinstance(audits, list | tuple) else str(audits or "").split(","), []
+    for part in filter(None, (str(part).strip() for part in parts)):
         found = sorted(glob.glob(os.path.expanduser(part))) if glob.has_magic(part) else [part]
         if not found:
             raise AuditError(f"nothing matches {part!r}: give files, folders or a pattern")
@@ -100,10 +97,9 @@ def gather(paths: list[Path]) -> dict[str, dict]:
             "format": result["format"]["fingerprint"], "layers": result["methods"]["layers"],
         }  # fmt: skip
         first = first or facts
-        if differ := [what for what in facts if facts[what] != first[what]]:
-            values = f"{differ[0]} ({facts[differ[0]]} and {first[differ[0]]})"
-            conditions = "compare audits of one base on the same pairs"
-            raise AuditError(f"{path} and {paths[0]} differ in their {values}: {conditions}")
+        if what := next((what for what in facts if facts[what] != first[what]), None):
+            values = f"{what} ({facts[what]} and {first[what]}): compare audits of one base on the same pairs"
+            raise AuditError(f"{path} and {paths[0]} differ in their {values}")
         name = result["models"]["aligned"]["name"]
         while name in results:
             name += "′"

@@ -14,22 +14,19 @@ PARTS |= {"gap": "AUROC", "repair": "AUROC"}
 
 def signal(audit) -> dict:
     """Where chosen and rejected answers can be told apart, in base and aligned; baselines that need no depth."""
-    table, draws = audit.decomposed
+    (table, draws), rows, best, baselines = audit.decomposed, [], {}, {}
     floors = {name: _floors(audit, read.chosen, read.rejected) for name, read in audit.streams.items()}
-    rows = []
     for place, (_, row) in enumerate(table.iterrows()):
-        own = {n: of_row(row, n, null=0.5, floor=floors[n][place], unit="AUROC") for n in floors}
+        own = {name: of_row(row, name, null=0.5, floor=floor[place], unit="AUROC") for name, floor in floors.items()}
         rows.append({"layer": row.layer} | own | {"difference": changed(row, "change", unit="AUROC")})
-    best = {}
     for name in floors:
-        equal = [audit.layers[place] for place in as_good(draws[name])]
-        best[name] = {"layer": audit.layers[int(draws[name][:, 0].argmax())], "as_good": equal}
-    sides, baselines = (audit.encoded.chosen_ids, audit.encoded.rejected_ids), {}
-    lengths = [np.array([len(ids) for ids in side], float) for side in sides]
+        first, equal = draws[name][:, 0].argmax(), as_good(draws[name])
+        best[name] = {"layer": audit.layers[first], "as_good": [audit.layers[place] for place in equal]}
+    lengths = [np.array(list(map(len, ids)), float) for ids in (audit.encoded.chosen_ids, audit.encoded.rejected_ids)]
     words = audit.sampling | {"bootstrap": audit.request.bootstrap}
-    for name, (chosen, rejected) in (("length", lengths), ("log_probability", audit.base_logprobs.T)):
-        row = probes.fit_features(chosen, rejected, audit.encoded.prompt_id, **words)
-        floor = _floors(audit, chosen[:, None, None], rejected[:, None, None])[0]
+    for name, sides in (("length", lengths), ("log_probability", audit.base_logprobs.T)):
+        row = probes.fit_features(*sides, audit.encoded.prompt_id, **words)
+        floor = _floors(audit, *(side[:, None, None] for side in sides))[0]
         baselines[name] = of_row(row, "auroc", null=0.5, floor=floor, unit="AUROC")
     return {"layers": rows, "best": best, "baselines": baselines}
 
@@ -46,20 +43,21 @@ def change(audit) -> dict:
     streams = geometry.compare_layers(*audit.streams.values(), audit.encoded.prompt_id, seed=audit.request.seed)
     (table, draws), rows = audit.decomposed, []
     for (_, row), (_, whole) in zip(table.iterrows(), streams.iterrows(), strict=True):
-        found = {"layer": row.layer, "verdict": row.verdict}
-        found |= {name: changed(row, name, unit=unit) for name, unit in PARTS.items()}
-        found["rotation"] = changed(whole, "rotation_degrees", unit="degrees")
-        found["scale"] = changed(whole, "norm_ratio", null=1.0, unit="ratio")
-        found["cka"] = changed(whole, "cka", null=1.0, unit="similarity")
-        floor = 1 - whole.mean_cosine_floor
-        rows.append(found | {"direction": of_row(whole, "mean_cosine", null=1.0, floor=floor, unit="cosine")})
+        direction = {"null": 1.0, "floor": 1 - whole.mean_cosine_floor, "unit": "cosine"}
+        rows.append({
+            "layer": row.layer, "verdict": row.verdict,
+            **{name: changed(row, name, unit=unit) for name, unit in PARTS.items()},
+            "rotation": changed(whole, "rotation_degrees", unit="degrees"),
+            "scale": changed(whole, "norm_ratio", null=1.0, unit="ratio"),
+            "cka": changed(whole, "cka", null=1.0, unit="similarity"),
+            "direction": of_row(whole, "mean_cosine", **direction),
+        })  # fmt: skip
     means = {name: drawn(draws[name].mean(0), floor=0.0, unit=PARTS[name]) for name in FATES}
     return {"layers": rows, "means": means, "shares": _shares(draws, rows)}
 
 
 def _shares(draws: dict, rows: list[dict]) -> dict:
-    """Of each kind of change: at which layers, and what share of their preference signal it is, layers added up within
-    each draw of prompts."""
+    """Of each kind of change: at which layers, and what share of their signal it is, summed within each draw."""
     out = {}
     for kind, layers in changed_layers({"change": {"layers": rows}}).items():
         places = [place for place, row in enumerate(rows) if row["layer"] in layers]

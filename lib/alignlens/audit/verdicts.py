@@ -1,10 +1,16 @@
 """What an audit's numbers say, by fixed rules: findings, verdict, sentences of verdict and page, warnings."""
 
+import tomllib
+from pathlib import Path
+
 import pandas as pd
 
 from alignlens.audit.numbers import EQUIVALENCE, beyond, digits, listed, measured, percent, preserved, shown
 
+WARNINGS = tomllib.loads(Path(__file__).with_name("warnings.toml").read_text(encoding="utf-8"))
 FEW_PROMPTS = 200
+TOO_LONG = ("overlong_prompt", "overlong_response", "too_long", "no_room_to_answer")  # why rows were dropped
+UNUSABLE = ("special_token", "boundary")
 FAR = ((0.003, "hardly at all"), (0.03, "a little"), (0.3, "clearly"), (float("inf"), "very far"))  # nats a token
 NOTHING = {  # the verdict on two models with the same weights
     "How far it moved": "Not at all: the two models have the same weights, and nothing lies beyond noise.",
@@ -74,55 +80,35 @@ def steering_changed(result: dict) -> bool:
     return any(one["low"] > other["high"] or other["low"] > one["high"] for one, other in pairs)
 
 
-def texts(result: dict) -> dict[str, str]:
-    """Five lines by rule: title -> text."""
-    lines = {"How far it moved": _how_far, "Where": _where, "What kind of change": _what_kind,
-             "Within noise": _within_noise, "Not measured": _not_measured}  # fmt: skip
-    same = NOTHING if result["models"]["identical"] and not answers_moved(result) else {}
-    return {title: same.get(title) or says(result) for title, says in lines.items()}
-
-
-def answers_moved(result: dict) -> bool:
-    """Whether the answers differ from the base's beyond noise."""
-    return measured(result, "behaviour") and beyond(result["behaviour"]["numbers"]["kl"])
+def _how_far(result: dict, holds: dict) -> str:
+    if not measured(result, "behaviour"):
+        return "Not known: the models' answers could not be measured."
+    numbers, differ = result["behaviour"]["numbers"], result["models"].get("config_differs")
+    text = "" if result["weights"]["share"]["value"] else "The weights are the same. "
+    text += f"The configurations differ ({listed(differ)}). " if differ else ""
+    if holds["nothing_moved"]:
+        return f"{text or 'The weights differ. '}The answers do not: the KL to the base is nothing beyond noise."
+    values, side = {name: x["value"] for name, x in numbers.items()}, favours(result)
+    far = next(words for limit, words in FAR if values["kl_token"] < limit)
+    text += f"It moved {far}: {shown(numbers['kl'])} nats of KL an answer, {digits(values['kl_token'])} a token. "
+    share = percent(values["accuracy"] if side == "chosen" else 1 - values["accuracy"])
+    towards = f"Against the base it now favours the {side} answer in {share} of the held-out pairs."
+    text += towards if side else "It favours neither chosen nor rejected answers more than the base did, beyond noise."
+    if holds["displacement"]:
+        less = digits(-values["chosen_shift"])
+        text += f" Even the chosen answers became less likely (by {less} nats): likelihood displacement."
+    if holds["length_bias"] or holds["length_drift"]:
+        ends = f"{digits(values['base_length'])} to {digits(values['aligned_length'])} tokens"
+        text += f" Its answers became {'longer' if values['length_shift'] > 0 else 'shorter'}: {ends}."
+    if "win_rate" in numbers and beyond(numbers["win_rate"]):
+        text += f" Its sampled answers win {shown(numbers['win_rate'])} of comparisons with the base's."
+    return text
 
 
 def favours(result: dict) -> str | None:
     """Which answers the model favours against the base, "chosen" or "rejected"; None if neither beyond noise."""
     share, margin = (result["behaviour"]["numbers"][n] for n in ("accuracy", "margin"))
     return ("chosen" if margin["value"] > 0 else "rejected") if beyond(share) or beyond(margin) else None
-
-
-def displaced(result: dict) -> bool:
-    """Likelihood displacement: chosen answers are favoured, and became less likely all the same."""
-    shift = result["behaviour"]["numbers"]["chosen_shift"]
-    return favours(result) == "chosen" and shift["value"] < 0 and beyond(shift)
-
-
-def _how_far(result: dict) -> str:
-    if not measured(result, "behaviour"):
-        return "Not known: the models' answers could not be measured."
-    numbers, differ = result["behaviour"]["numbers"], result["models"].get("config_differs")
-    text = "" if result["weights"]["share"]["value"] else "The weights are the same. "
-    text += f"The configurations differ ({listed(differ)}). " if differ else ""
-    if not beyond(numbers["kl"]):
-        return f"{text or 'The weights differ. '}The answers do not: the KL to the base is nothing beyond noise."
-    token, share, shift = (numbers[n]["value"] for n in ("kl_token", "accuracy", "chosen_shift"))
-    far = next(words for limit, words in FAR if token < limit)
-    text += f"It moved {far}: {shown(numbers['kl'])} nats of KL an answer, {digits(token)} a token. "
-    if side := favours(result):
-        share = percent(share if side == "chosen" else 1 - share)
-        text += f"Against the base it now favours the {side} answer in {share} of the held-out pairs."
-    else:
-        text += "It favours neither chosen nor rejected answers more than the base did, beyond noise."
-    if displaced(result):
-        text += f" Even the chosen answers became less likely (by {digits(-shift)} nats): likelihood displacement."
-    if beyond(change := numbers["length_shift"]):
-        base, aligned = (digits(numbers[f"{model}_length"]["value"]) for model in ("base", "aligned"))
-        text += f" Its answers became {'longer' if change['value'] > 0 else 'shorter'}: {base} to {aligned} tokens."
-    if "win_rate" in numbers and beyond(numbers["win_rate"]):
-        text += f" Its sampled answers win {shown(numbers['win_rate'])} of comparisons with the base's."
-    return text
 
 
 def moved_parts(result: dict) -> list[str]:
@@ -138,17 +124,15 @@ def halfway(result: dict) -> tuple[int | None, int | None]:
     return tuple(next((r["layer"] for r in rows if (r["share"][end] or 0) >= 0.5), None) for end in ("high", "low"))
 
 
-def _where(result: dict) -> str:
+def _where(result: dict, holds: dict) -> str:
     moved, last = moved_parts(result), result["models"]["base"]["layers"] - 1
     parts = [f"Only the weights of {listed(moved)} changed."] if 0 < len(moved) <= 3 else []
-    parts += [
-        says(result, last) for says, name in ((_half, "causal"), (_best_read, "signal")) if measured(result, name)
-    ]
+    parts += [_half(result, holds, last)] if measured(result, "causal") else []
+    parts += [_best_read(result, holds, last)] if measured(result, "signal") else []
     return " ".join(parts) or "Not known: neither probes nor patching could be measured."
 
 
-def _half(result: dict, last: int) -> str:
-    """After which block half of the change of margin is there, if that can be told."""
+def _half(result: dict, holds: dict, last: int) -> str:
     found, (first, sure) = result["causal"]["patching"], halfway(result)
     if found["reason"]:
         return f"On the {result['causal']['pairs']} pairs of the causal check the change of margin cannot be located."
@@ -157,39 +141,43 @@ def _half(result: dict, last: int) -> str:
         place = found["layers"][-1]["layer"]
         rest = f": the rest comes about behind it, in the {listed(behind)}" if behind and place == last else ""
         return f"Less than half of the change of margin is there after block {place} (of 0 to {last}){rest}."
-    if first == sure:
+    if holds["change_placed"]:
         return f"Half of the change of margin is there after block {first} (of 0 to {last})."
     ends = f"between blocks {first} and {sure}" if sure is not None else f"after block {first} or later"
     return f"Where half of the change of margin comes about cannot be placed: {ends} (of 0 to {last})."
 
 
-def _best_read(result: dict, last: int) -> str:
-    """After which block preferences are read best, if that can be told."""
-    best, rows = result["signal"]["best"]["aligned"], result["signal"]["layers"]
-    auroc = next(row["aligned"] for row in rows if row["layer"] == best["layer"])
-    if not beyond(auroc):
+def best_auroc(result: dict) -> dict:
+    """The aligned model's AUROC where it is read best."""
+    best = result["signal"]["best"]["aligned"]["layer"]
+    return next(row["aligned"] for row in result["signal"]["layers"] if row["layer"] == best)
+
+
+def _best_read(result: dict, holds: dict, last: int) -> str:
+    equal, auroc = result["signal"]["best"]["aligned"]["as_good"], best_auroc(result)
+    if holds["unreadable"]:
         return "No probe reads preferences beyond noise at any layer."
-    if len(equal := best["as_good"]) == 1:
+    if holds["probe_placed"]:
         return f"Preferences are read best after block {equal[0]} (of 0 to {last}; AUROC {shown(auroc)})."
-    layers = [row["layer"] for row in rows if equal[0] <= row["layer"] <= equal[-1]]
-    which = f"{equal[0]} to {equal[-1]}" if layers == equal and len(equal) > 2 else listed(list(map(str, equal)))
+    between = [row["layer"] for row in result["signal"]["layers"] if equal[0] <= row["layer"] <= equal[-1]]
+    which = f"{equal[0]} to {equal[-1]}" if between == equal and len(equal) > 2 else listed(list(map(str, equal)))
     which = f"block ({which})" if len(equal) > last else f"of blocks {which} (of 0 to {last})"
-    any_of = f"any {which} may be the best, with AUROC up to {shown(auroc)}"
-    return f"Where preferences are read best cannot be placed: {any_of}."
+    best = f"any {which} may be the best, with AUROC up to {shown(auroc)}"
+    return f"Where preferences are read best cannot be placed: {best}."
 
 
-def _what_kind(result: dict) -> str:
-    parts, changed = [], changed_layers(result)
+def _what_kind(result: dict, holds: dict) -> str:
+    parts = []
     if measured(result, "change"):
-        parts += [kinds_say(result), "" if changed["attenuated"] or changed["created"] else auroc_says(result)]
+        parts += [kinds_say(result), "" if holds["attenuated"] or holds["created"] else auroc_says(result)]
     if measured(result, "latents"):
-        found, labels = labels_say(result), changed_labels(result)
+        found = labels_say(result)
         seen = f"{listed(found)}, more than in the base with itself" if found else "nothing beyond noise"
-        parts.append(f"Crosscoder latents: {seen}." + (f" {trust_says(result)}" if "shared_rotated" in labels else ""))
+        parts += [f"Crosscoder latents: {seen}.", trust_says(result) * ("shared_rotated" in changed_labels(result))]
     return " ".join(filter(None, parts)) or "Not known: neither probes nor latents could be measured."
 
 
-def _within_noise(result: dict) -> str:
+def _within_noise(result: dict, _: dict) -> str:
     found, power = findings(result), result["power"]
     if not found["within"]:
         return "None of the comparisons."
@@ -202,7 +190,7 @@ def _within_noise(result: dict) -> str:
     return text + (f" Smallest changes that would have been seen: {listed(seen)}." if seen else "")
 
 
-def _not_measured(result: dict) -> str:
+def _not_measured(result: dict, _: dict) -> str:
     names = {"signal": "probes", "change": "kinds of change", "causal": "causal tests"}
     sections = ("behaviour", "signal", "change", "latents", "causal")
     parts = [f"{names.get(n, n)}: {result[n]['reason']}" for n in sections if not measured(result, n)]
@@ -210,6 +198,12 @@ def _not_measured(result: dict) -> str:
         parts.append("whether the answers got better (there is no judge)")
     text = "; ".join(part.rstrip(".") for part in [*parts, "whether these prompts were trained on"])
     return f"{text[:1].upper()}{text[1:]}."
+
+
+LINES = {  # of the verdict
+    "How far it moved": _how_far, "Where": _where, "What kind of change": _what_kind, "Within noise": _within_noise,
+    "Not measured": _not_measured,
+}  # fmt: skip
 
 
 def auroc_says(result: dict) -> str:
@@ -227,19 +221,17 @@ def auroc_says(result: dict) -> str:
 
 def kinds_say(result: dict) -> str:
     """What share of the preference signal changed, by kind, over the layers where it did; empty if nowhere."""
-    rows, found = result["change"]["layers"], []
-    for kind, row in result["change"]["shares"].items():
-        found.append(f"{shown(row['share'])} {KINDS[kind]} (at {len(row['layers'])} of {len(rows)} layers)")
+    shares, words = result["change"]["shares"], f"{{}} {{}} (at {{}} of {len(result['change']['layers'])} layers)"
+    found = [words.format(shown(x["share"]), KINDS[kind], len(x["layers"])) for kind, x in shares.items()]
     return f"Of the preference signal, {listed(found)}." if found else ""
 
 
 def trust_says(result: dict) -> str:
     """What "rotated" is worth at this audit's number of tokens, by features planted into its streams."""
     tokens, planted = result["latents"]["tokens"], result["latents"]["planted"]
-    found, wrong = shown(planted["recall"]), planted["false_discovery"]
-    rest = "nothing else is called so"
+    found, rest = shown(planted["recall"]), "nothing else is called so"
     if planted["labelled"]:
-        rest = f"{shown(wrong)} of what is called rotated there is none of them"
+        rest = f"{shown(planted['false_discovery'])} of what is called rotated there is none of them"
     return f"At {tokens:,} training tokens, of planted rotated features {found} are found, and {rest}."
 
 
@@ -255,50 +247,28 @@ def labels_say(result: dict, words: str = "{value} {label}") -> list[str]:
 
 def warnings(result: dict, pairs: pd.DataFrame) -> list[dict]:
     """What a reader must know before trusting the numbers: code, text; the gravest first."""
-    p, signal, moved = result["pairs"], result["signal"], result["weights"]["share"]["value"]
-    dropped = p["dropped"]
-    answers = pd.concat([pairs.chosen, pairs.rejected])
-    repeated, swapped = p["pairs"] - p["prompts"], float(answers.duplicated(keep=False).mean())
+    p, models, signal, dropped = result["pairs"], result["models"], result["signal"], result["pairs"]["dropped"]
+    answers, repeated = pd.concat([pairs.chosen, pairs.rejected]), p["pairs"] - p["prompts"]
     last = answers.str.rstrip().str[-1:]
-    ends = float((last.str.isalnum() | last.isin([",", ";"])).mean())
-    long = sum(dropped.get(n, 0) for n in ("overlong_prompt", "overlong_response", "too_long", "no_room_to_answer"))
-    bad = sum(v for name, v in dropped.items() if name.startswith("bad_") or name in ("special_token", "boundary"))
-    cut = max(result["behaviour"].get("cut", {"": 0}).values())
     best = max([row["aligned"]["value"] for row in signal.get("layers", [])], default=1.0)
-    words = {"length": "Answer length alone", "log_probability": "The base's own log-probability"}
-    confounds = [
-        (beyond(x) and abs(x["value"] - 0.5) > best - 0.5 - 0.05, f"{name} confound",
-         f"{words[name]} tells chosen from rejected with AUROC {x['value']:.3f}, the best probe with {best:.3f}: the "
-         "probe may read nothing else.")
-        for name, x in signal.get("baselines", {}).items()
-    ]  # fmt: skip
-    far, copies, open_ends, short = (percent(round(share, 2)) for share in (moved, swapped, ends, cut))
-    found = [
-        (result["models"]["identical"], "identical", "Both models have exactly the same weights."),
-        (result["models"].get("config_differs"), "configuration",
-         f"The two configurations differ in {listed(result['models'].get('config_differs') or [''])}: a change of the "
-         "answers may come from there, not from the weights."),
-        (moved > 0.5, "far",
-         f"The weights differ by {far} of their norm: the aligned model may not come from this base."),
-        (p["prompts"] < FEW_PROMPTS, "few prompts",
-         f"{p['prompts']} prompts only: intervals are wide, and small changes cannot be seen (see power)."),
-        (repeated > 0.1 * p["pairs"], "repeated prompts",
-         f"{repeated} of {p['pairs']} pairs repeat a prompt; they count as one in folds and intervals."),
-        (dropped.get("duplicate"), "duplicates", f"{dropped.get('duplicate')} exact copies of pairs were dropped."),
-        (dropped.get("contradictory"), "contradictory",
-         f"{dropped.get('contradictory')} pairs occur in both orders, chosen and rejected swapped."),
-        (swapped > 0.1, "repeated answers", f"{copies} of the answers occur in more than one pair."),
-        (long, "too long",
-         f"{long} pairs were left out because they are longer than {result['format']['max_length']} tokens: nothing "
-         "is said of long answers."),
-        (bad, "unusable rows", f"{bad} rows could not be used and were left out."),
-        (ends > 0.3, "unfinished answers",
-         f"{open_ends} of the answers end without a punctuation mark: the data may have been cut."),
-        (cut > 0.2, "cut samples",
-         f"{short} of the sampled answers were cut at the length limit: length and KL are underestimated."),
-        *confounds,
-        (True, "training prompts",
-         "The pairs must be held out: prompts that the aligned model was trained on would inflate every number. This "
-         "cannot be checked from the models."),
-    ]  # fmt: skip
-    return [{"code": code, "text": text} for holds, code, text in found if holds]
+    baselines = {f"{name} confound": x for name, x in signal.get("baselines", {}).items() if beyond(x)}
+    shares = {  # code -> share, from which on it is told
+        "far": (result["weights"]["share"]["value"], 0.5),
+        "repeated answers": (float(answers.duplicated(keep=False).mean()), 0.1),
+        "unfinished answers": (float((last.str.isalnum() | last.isin([",", ";"])).mean()), 0.3),
+        "cut samples": (max(result["behaviour"].get("cut", {"": 0}).values()), 0.2),
+    }
+    found = {  # code -> what its sentence shows, if it holds
+        "identical": models["identical"], "configuration": listed(models.get("config_differs") or [""]),
+        "few prompts": p["prompts"] < FEW_PROMPTS and p["prompts"],
+        "repeated prompts": repeated > 0.1 * p["pairs"] and repeated,
+        "duplicates": dropped.get("duplicate"), "contradictory": dropped.get("contradictory"),
+        "too long": sum(dropped.get(why, 0) for why in TOO_LONG),
+        "unusable rows": sum(dropped[why] for why in dropped if why.startswith("bad_") or why in UNUSABLE),
+        "training prompts": True,
+    }  # fmt: skip
+    found |= {code: percent(round(share, 2)) for code, (share, least) in shares.items() if share > least}
+    found |= {code: x["value"] for code, x in baselines.items() if abs(x["value"] - 0.5) > best - 0.5 - 0.05}
+    facts = {"pairs": p["pairs"], "limit": result["format"]["max_length"], "best": best}
+    told = {code: text.format(found[code], **facts) for code, text in WARNINGS.items() if found.get(code)}
+    return [{"code": code, "text": text} for code, text in told.items()]
