@@ -7,7 +7,8 @@ from itertools import product
 import pandas as pd
 
 from alignlens.core.errors import PreferenceError
-from alignlens.preferences.rows import COMPLETIONS, LABELS, PAIRS, BadRow, cell, is_blank
+from alignlens.preferences.prompts import Unusable
+from alignlens.preferences.rows import COMPLETIONS, LABELS, PAIRS, cell, is_blank
 
 PROMPTS = ("prompt", "instruction", "question", "query", "input", "conversations", "conversation", "messages")
 CONTEXT = {"system": ("system", "system_prompt"), "history": ("history",), "input": ("input",)}
@@ -62,8 +63,10 @@ class Layout:
         self._columns = {_word(column): column for column in reversed(columns)}
         self.fields, self._pick, self._picked = PAIRS, None, ()
         better, answers, scores = (self._first(names) for names in (BETTER, SEVERAL, SCORES))
-        names = next((names for names in ANSWERS if self._columns.keys() >= set(names)), ())
-        two = next(([*map(self._columns.get, names)] for names in TWO if self._columns.keys() >= set(names)), None)
+        names, two = (
+            next((names for names in known if self._columns.keys() >= {*names}), ()) for known in (ANSWERS, TWO)
+        )
+        two = [self._columns[name] for name in two]
         if names:
             self.fields = COMPLETIONS if names[1] in KTO else PAIRS
         elif two and better:
@@ -94,13 +97,13 @@ class Layout:
 
     def cells(self, row):
         if not isinstance(row, dict):
-            raise BadRow("broken_json", None, "is not a JSON object with named fields")
+            raise Unusable("broken_json", "is not a JSON object with named fields")
         for word, column in self._columns.items():
-            value = row.get(column)
-            if (bad := FLAGS.get(word.removeprefix("is_"))) is not None and LABELS.get(_word(value)) == bad:
-                raise BadRow("invalid", column, f"is {value}: the file itself does not count this row")
-            if word in BETTER and (TIES.match(_word(value)) or (word == STRENGTH and _number(value) == 0)):
-                raise BadRow("tie", column, f"is {value}: no answer is preferred")
+            value, said = row.get(column), _word(row.get(column))
+            if (bad := FLAGS.get(word.removeprefix("is_"))) is not None and LABELS.get(said) == bad:
+                raise Unusable("invalid", f"is {value}: the file itself does not count this row", column)
+            if word in BETTER and (TIES.match(said) or (word == STRENGTH and _number(value) == 0)):
+                raise _tie(value, column)
         found = {field: cell(row.get(column), field, field == "history") for field, column in self._places.items()}
         if any(isinstance(row.get(c), str) and found[field] is not row[c] for field, c in self._places.items()):
             found["spelled"] = True
@@ -113,6 +116,10 @@ class Layout:
         """Which columns were read as what, where their names do not say so."""
         picked = {"chosen and rejected": ", ".join(self._picked)} if self._picked else {}
         return "; ".join(f"{field} from {name}" for field, name in (self._places | picked).items() if field != name)
+
+
+def _tie(value, column):
+    return Unusable("tie", f"is {value}: no answer is preferred", column)
 
 
 def _check_better(name, one, other, column, values):
@@ -133,11 +140,11 @@ def _better_of_two(row, one, other, column):
     end = re.split("[^a-z0-9]+", _word(value))[-1]
     if (number := _number(value)) is not None:
         if ends == ["1", "2"] and number in (0, 1.5):
-            raise BadRow("tie", column, f"is {value}: no answer is preferred")
+            raise _tie(value, column)
         end = ends[number > 0] if _word(column) == STRENGTH else str(round(number))
     if end not in ends:
-        raise BadRow("label", column, f"is {value!r}, which names neither {one} nor {other}")
-    found = [cell(row.get(one), one), cell(row.get(other), other)]
+        raise Unusable("label", f"is {value!r}, which names neither {one} nor {other}", column)
+    found = [cell(row.get(name), name) for name in (one, other)]
     return found if end == ends[0] else found[::-1]
 
 
@@ -146,24 +153,24 @@ def _best_and_worst(row, answers, scores):
     texts, values = (cell(row.get(name), name, True) for name in (answers, scores))
     values = [_number(value) for value in values] if isinstance(values, list) else []
     if not isinstance(texts, list) or len(texts) != len(values) or len(texts) < 2 or None in values:
-        raise BadRow("label", scores, f"is not a list of as many numbers as there are {answers}, two or more")
-    best, worst = values.index(max(values)), values.index(min(values))
-    if best == worst:
-        raise BadRow("tie", scores, "are all equal: no answer is preferred")
-    return texts[best], texts[worst]
+        raise Unusable("label", f"is not a list of as many numbers as there are {answers}, two or more", scores)
+    if len(set(values)) == 1:
+        raise Unusable("tie", "are all equal: no answer is preferred", scores)
+    return [texts[values.index(end(values))] for end in (max, min)]
 
 
 def judge_labels(pairs, columns, report):
     """Count the pairs whose own scores contradict them or are equal, and name the columns about that."""
-    against, equal, seen = pd.Series(False, pairs.index), pd.Series(False, pairs.index), []
+    gaps, seen = pd.DataFrame(index=pairs.index), []
     for column in pairs.columns:
         names = [column.replace("chosen", other) for other in ("rejected", "reject") if "chosen" in column]
         twin = next((name for name in names if name in pairs and OWN_SCORE.search(column.lower())), None)
         if twin or _word(column) == "margin":
-            gap = _numbers(pairs[column]) - (_numbers(pairs[twin]) if twin else 0)
-            against, equal, seen = against | (gap < 0), equal | (gap == 0), [*seen, column, twin or column]
+            gaps[column] = _numbers(pairs[column]) - (_numbers(pairs[twin]) if twin else 0)
+            seen += [column, twin or column]
     seen += [column for column in columns if SURE & {*re.split("[^a-z]+", _word(column))}]
     if seen:
+        against, equal = (gaps < 0).any(axis=1), (gaps == 0).any(axis=1)
         report |= {"scores_contradict": int(against.sum()), "scores_equal": int((equal & ~against).sum())}
         report["label_columns"] = ", ".join(dict.fromkeys(seen))
 

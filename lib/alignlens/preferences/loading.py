@@ -7,11 +7,12 @@ import pandas as pd
 
 from alignlens.core.errors import PreferenceError
 from alignlens.preferences.layouts import Layout, judge_labels
-from alignlens.preferences.prompts import prompt_id, require_count
+from alignlens.preferences.prompts import Unusable, attempt, prompt_id, require_count
 from alignlens.preferences.reading import read_source
-from alignlens.preferences.rows import COMPLETIONS, BadRow, Reader
+from alignlens.preferences.rows import COMPLETIONS, Reader
 
 COLUMNS = ["prompt", "chosen", "rejected", "prompt_id"]
+PLACE, RANK = "\x1eplace", "\x1erank"  # names that no column of a file has
 
 
 def load_pairs(source, *, limit=None, max_chars=None, split="train", on_bad="refuse"):
@@ -40,21 +41,22 @@ def load_pairs(source, *, limit=None, max_chars=None, split="train", on_bad="ref
     require_count(max_chars, "max_chars")
     if on_bad not in ("refuse", "drop"):
         raise PreferenceError(f"on_bad={on_bad!r}: choose 'refuse' or 'drop'.")
-    name, rows = read_source(source, split)
-    layout = Layout(name, [row for _, row in rows])
-    cells = [_try(layout.cells, row) for _, row in rows]
+    name, places, rows = read_source(source, split)
+    layout = Layout(name, rows)
+    cells = [attempt(layout.cells, row) for row in rows]
     reader = Reader(layout.fields, [cell for cell in cells if isinstance(cell, dict)])
-    read = [_try(reader.read, cell) for cell in cells]
-    problems = [(place, bad) for (place, _), bad in zip(rows, read, strict=True) if isinstance(bad, BadRow)]
+    read = [attempt(reader.read, cell) for cell in cells]
+    problems = [(place, bad) for place, bad in zip(places, read, strict=True) if isinstance(bad, Unusable)]
     if problems and on_bad == "refuse":
         shown = "; ".join(f"{place}, {bad}" for place, bad in problems[:5])
         advice = "Mend them, or pass on_bad='drop' to leave them out and count them."
         raise PreferenceError(f"{name}: {len(problems)} of {len(rows)} rows cannot be used. {shown}. {advice}")
-    bad, done, records = Counter(f"bad_{problem.kind}" for _, problem in problems), Counter(), []
-    for (_, row), found in zip(rows, read, strict=True):
-        if not isinstance(found, BadRow):
-            records += [pair | {column: row.get(column) for column in layout.others} for pair in found[0]]
-            done.update(found[1])
+    usable = [(row, *found) for row, found in zip(rows, read, strict=True) if not isinstance(found, Unusable)]
+    records = [pair | {name: row.get(name) for name in layout.others} for row, found, _ in usable for pair in found]
+    bad, done = (
+        Counter(f"bad_{bad.kind}" for _, bad in problems),
+        Counter(note for *_, notes in usable for note in notes),
+    )
     report = {"source": name, "rows": len(rows), **dict(sorted(bad.items())), **dict(sorted(done.items()))}
     if words := layout.words:
         report["columns_read"] = words
@@ -71,14 +73,6 @@ def load_pairs(source, *, limit=None, max_chars=None, split="train", on_bad="ref
     return pairs
 
 
-def _try(step, row):
-    """A step of reading a row, or the BadRow that it met there or before."""
-    try:
-        return row if isinstance(row, BadRow) else step(row)
-    except BadRow as bad:
-        return bad
-
-
 def _drop(rows, bad, name, report):
     """Rows without the bad ones, which are counted under a name."""
     report[name] = int(bad.sum())
@@ -89,18 +83,16 @@ def _pair_completions(rows, report):
     """Pairs from labelled completions, within a prompt, each completion used once, in the order of a content hash."""
     rows = _drop(rows, rows.duplicated(["prompt_id", "completion", "label"]), "repeated_completion", report)
     rows = _drop(rows, rows.duplicated(["prompt_id", "completion"], keep=False), "both_labels", report)
-    # names that no column of a file has
-    place, order, rank = "\x1eplace", "\x1eorder", "\x1erank"
-    rows = rows.rename_axis(place).reset_index()
-    rows[order] = [hashlib.blake2b(text.encode()).hexdigest() for text in rows["completion"]]
-    rows = rows.sort_values([order, place])
-    rows[rank] = rows.groupby(["prompt_id", "label"]).cumcount()
-    good, bad = (rows[rows["label"] == label].drop(columns=["label", order]) for label in (True, False))
-    pairs = good.merge(bad, on=["prompt_id", rank], suffixes=("_chosen", "_rejected")).sort_values(f"{place}_chosen")
+    rows = rows.assign(**{PLACE: range(len(rows))})
+    order = rows["completion"].map(lambda text: hashlib.blake2b(text.encode()).hexdigest())
+    rows = rows.loc[order.sort_values(kind="stable").index]
+    rows[RANK] = rows.groupby(["prompt_id", "label"]).cumcount()
+    good, bad = (rows[rows["label"] == label].drop(columns="label") for label in (True, False))
+    pairs = good.merge(bad, on=["prompt_id", RANK], suffixes=("_chosen", "_rejected")).sort_values(f"{PLACE}_chosen")
     report["prompts_with_one_label"] = int(rows["prompt_id"].nunique() - pairs["prompt_id"].nunique())
     report["unpaired_completion"] = len(rows) - 2 * len(pairs)
     names = {"prompt_chosen": "prompt", "completion_chosen": "chosen", "completion_rejected": "rejected"}
-    return pairs.rename(columns=names).drop(columns=[rank, "prompt_rejected", f"{place}_chosen", f"{place}_rejected"])
+    return pairs.rename(columns=names).drop(columns=[RANK, "prompt_rejected", f"{PLACE}_chosen", f"{PLACE}_rejected"])
 
 
 def _select(pairs, limit, max_chars, report):
