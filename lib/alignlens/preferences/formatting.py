@@ -132,7 +132,7 @@ class Formatter:
             return self.tokenizer.apply_chat_template(messages, add_generation_prompt=generation, **options)
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             roles = ", ".join(message["role"] for message in messages)
-            raise Unusable("template", f"the chat template refuses turns of roles {roles}: {error}") from error
+            raise Unusable(f"the chat template refuses turns of roles {roles}: {error}", kind="template") from error
 
     def _prompt_text(self, prompt, thinking=False):
         if self.template == "plain":
@@ -185,11 +185,11 @@ class Formatter:
     def _cut(self, text, prompt, response, head, whole):
         """The ids of a whole text, parted where those of its prompt end."""
         if found := self._special.search(f"{prompt}\n{response}"):
-            raise Unusable("special_token", f"the text holds the special token {found.group()!r}")
+            raise Unusable(f"the text holds the special token {found.group()!r}", kind="special_token")
         size = len(head) if self.template == "chat" else 0  # plain: prompt and response are tokenised apart
         if whole[:size] != head[:size]:
-            end = self.tokenizer.decode(head[-3:])
-            raise Unusable("boundary", f"the prompt's end {end!r} is tokenised differently once a response follows")
+            words = f"the prompt's end {self.tokenizer.decode(head[-3:])!r} is tokenised differently once a response follows"
+            raise Unusable(words, kind="boundary")
         return self._bos + head, whole[size:] + self._end_ids
 
     def _within(self, ids):
@@ -198,7 +198,7 @@ class Formatter:
         if self.max_length is not None and size + longest > self.max_length:
             words = f"the prompt has {size} tokens" + f" and the response {longest}" * (len(ids) > 1)
             kind = "overlong_prompt" if size > self.max_length else "overlong_response"
-            raise Unusable(kind, f"{words}, over max_length={self.max_length}")
+            raise Unusable(f"{words}, over max_length={self.max_length}", kind=kind)
         return ids
 
     def prompt_ids(self, prompt):

@@ -7,7 +7,7 @@ from itertools import product
 import pandas as pd
 
 from alignlens.core.errors import PreferenceError
-from alignlens.preferences.prompts import Unusable
+from alignlens.preferences.prompts import Unusable, refuse_if
 from alignlens.preferences.rows import COMPLETIONS, LABELS, PAIRS, cell, is_blank
 
 PROMPTS = ("prompt", "instruction", "question", "query", "input", "conversations", "conversation", "messages")
@@ -63,10 +63,8 @@ class Layout:
         self._columns = {_word(column): column for column in reversed(columns)}
         self.fields, self._pick, self._picked = PAIRS, None, ()
         better, answers, scores = (self._first(names) for names in (BETTER, SEVERAL, SCORES))
-        names, two = (
-            next((names for names in known if self._columns.keys() >= {*names}), ()) for known in (ANSWERS, TWO)
-        )
-        two = [self._columns[name] for name in two]
+        names = next((names for names in ANSWERS if self._columns.keys() >= {*names}), ())
+        two = next(([*map(self._columns.get, names)] for names in TWO if self._columns.keys() >= {*names}), None)
         if names:
             self.fields = COMPLETIONS if names[1] in KTO else PAIRS
         elif two and better:
@@ -96,14 +94,13 @@ class Layout:
         return f"no column {missing}; it has {', '.join(columns)}. {advice}"
 
     def cells(self, row):
-        if not isinstance(row, dict):
-            raise Unusable("broken_json", "is not a JSON object with named fields")
+        refuse_if(not isinstance(row, dict), "is not a JSON object with named fields", kind="broken_json")
         for word, column in self._columns.items():
             value, said = row.get(column), _word(row.get(column))
-            if (bad := FLAGS.get(word.removeprefix("is_"))) is not None and LABELS.get(said) == bad:
-                raise Unusable("invalid", f"is {value}: the file itself does not count this row", column)
+            if LABELS.get(said) == FLAGS.get(word.removeprefix("is_"), "no flag"):
+                raise Unusable(f"is {value}: the file itself does not count this row", column, "invalid")
             if word in BETTER and (TIES.match(said) or (word == STRENGTH and _number(value) == 0)):
-                raise _tie(value, column)
+                raise Unusable(f"is {value}: no answer is preferred", column, "tie")
         found = {field: cell(row.get(column), field, field == "history") for field, column in self._places.items()}
         if any(isinstance(row.get(c), str) and found[field] is not row[c] for field, c in self._places.items()):
             found["spelled"] = True
@@ -116,10 +113,6 @@ class Layout:
         """Which columns were read as what, where their names do not say so."""
         picked = {"chosen and rejected": ", ".join(self._picked)} if self._picked else {}
         return "; ".join(f"{field} from {name}" for field, name in (self._places | picked).items() if field != name)
-
-
-def _tie(value, column):
-    return Unusable("tie", f"is {value}: no answer is preferred", column)
 
 
 def _check_better(name, one, other, column, values):
@@ -139,11 +132,10 @@ def _better_of_two(row, one, other, column):
     value, ends = row.get(column), [one[-1].lower(), other[-1].lower()]
     end = re.split("[^a-z0-9]+", _word(value))[-1]
     if (number := _number(value)) is not None:
-        if ends == ["1", "2"] and number in (0, 1.5):
-            raise _tie(value, column)
+        tied = ends == ["1", "2"] and number in (0, 1.5)
+        refuse_if(tied, f"is {value}: no answer is preferred", column, "tie")
         end = ends[number > 0] if _word(column) == STRENGTH else str(round(number))
-    if end not in ends:
-        raise Unusable("label", f"is {value!r}, which names neither {one} nor {other}", column)
+    refuse_if(end not in ends, f"is {value!r}, which names neither {one} nor {other}", column, "label")
     found = [cell(row.get(name), name) for name in (one, other)]
     return found if end == ends[0] else found[::-1]
 
@@ -152,10 +144,9 @@ def _best_and_worst(row, answers, scores):
     """(chosen, rejected) of a list of answers by the list of their scores."""
     texts, values = (cell(row.get(name), name, True) for name in (answers, scores))
     values = [_number(value) for value in values] if isinstance(values, list) else []
-    if not isinstance(texts, list) or len(texts) != len(values) or len(texts) < 2 or None in values:
-        raise Unusable("label", f"is not a list of as many numbers as there are {answers}, two or more", scores)
-    if len(set(values)) == 1:
-        raise Unusable("tie", "are all equal: no answer is preferred", scores)
+    fit = isinstance(texts, list) and len(texts) == len(values) > 1 and None not in values
+    refuse_if(not fit, f"is not a list of as many numbers as there are {answers}, two or more", scores, "label")
+    refuse_if(len(set(values)) == 1, "are all equal: no answer is preferred", scores, "tie")
     return [texts[values.index(end(values))] for end in (max, min)]
 
 

@@ -53,10 +53,8 @@ def load_pairs(source, *, limit=None, max_chars=None, split="train", on_bad="ref
         raise PreferenceError(f"{name}: {len(problems)} of {len(rows)} rows cannot be used. {shown}. {advice}")
     usable = [(row, *found) for row, found in zip(rows, read, strict=True) if not isinstance(found, Unusable)]
     records = [pair | {name: row.get(name) for name in layout.others} for row, found, _ in usable for pair in found]
-    bad, done = (
-        Counter(f"bad_{bad.kind}" for _, bad in problems),
-        Counter(note for *_, notes in usable for note in notes),
-    )
+    bad = Counter(f"bad_{problem.kind}" for _, problem in problems)
+    done = Counter(note for *_, notes in usable for note in notes)
     report = {"source": name, "rows": len(rows), **dict(sorted(bad.items())), **dict(sorted(done.items()))}
     if words := layout.words:
         report["columns_read"] = words

@@ -14,11 +14,17 @@ TURN, CONTENT = "\x1e", "\x1f"  # ASCII record and unit separators: they do not 
 
 
 class Unusable(PreferenceError):
-    """Why one row cannot be used: a kind (counted in the report), words for a person, and the field if it is one."""
+    """Why one row cannot be used, the field if it is one, and of which kind (counted in the report) that is."""
 
-    def __init__(self, kind, words, field=None):
+    def __init__(self, words, field=None, kind="turns"):
         super().__init__(f"field {field!r}: {words}" if field else words)
         self.kind = kind
+
+
+def refuse_if(found, words, field=None, kind="turns"):
+    """Raise Unusable where a problem was found."""
+    if found:
+        raise Unusable(words, field, kind)
 
 
 def attempt(step, *given):

@@ -54,7 +54,7 @@ def _read_line(line):
         return json.loads(line)
     except (ValueError, RecursionError) as error:  # ValueError also of a number of thousands of digits
         words = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-        return Unusable("broken_json", f"broken JSON ({words})")
+        return Unusable(f"broken JSON ({words})", kind="broken_json")
 
 
 def _read_csv(content, separator=","):

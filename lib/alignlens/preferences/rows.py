@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pandas as pd
 
-from alignlens.preferences.prompts import TURN, Unusable, join_turns, turns
+from alignlens.preferences.prompts import TURN, Unusable, join_turns, refuse_if, turns
 
 # The fields of a row of pairs, or of labelled completions.
 PAIRS, COMPLETIONS = ("prompt", "chosen", "rejected"), ("prompt", "completion", "label")
@@ -29,14 +29,11 @@ def is_blank(value):
 
 
 def _text(value, field):
-    if is_blank(value) and not isinstance(value, str | list):
-        raise Unusable("missing", "is missing", field)
-    if not isinstance(value, str):
-        raise Unusable("not_text", f"is {type(value).__name__}, not text", field)
-    if not value.strip():
-        raise Unusable("empty", "is empty", field)
-    if re.search("[\ud800-\udfff]", value):  # JSON escapes can spell half a character, which no tokenizer takes
-        raise Unusable("not_text", "holds half a unicode character", field)
+    refuse_if(is_blank(value) and not isinstance(value, str | list), "is missing", field, "missing")
+    refuse_if(not isinstance(value, str), f"is {type(value).__name__}, not text", field, "not_text")
+    refuse_if(not value.strip(), "is empty", field, "empty")
+    # JSON escapes can spell half a character, which no tokenizer takes
+    refuse_if(re.search("[\ud800-\udfff]", value), "holds half a unicode character", field, "not_text")
     return value
 
 
@@ -64,7 +61,7 @@ def cell(value, field, lists=False):
             found = ast.literal_eval(re.sub(between, lambda match: match[1] or "}, {", value.strip()))
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             words = "begins like a message list, but is neither whole JSON nor as Python prints it (was it cut?)"
-            raise Unusable("turns", words, field) from error
+            raise Unusable(words, field) from error
     items = found if isinstance(found, list) else [found]
     return found if items and (lists or all(map(_is_message, items))) else value
 
@@ -87,18 +84,17 @@ def _is_message(value):
 
 def _turn(message, field, number):
     """One checked turn; None for a system turn that says nothing."""
-    if not (keys := _keys(message)):
-        raise Unusable("turns", f"message {number} is not a role and a content", field)
+    keys, words = _keys(message), f"message {number}"
+    refuse_if(not keys, f"{words} is not a role and a content", field)
     given, content = (message[key] for key in keys)
-    if (role := ROLES.get(str(given).strip().lower())) is None:
-        raise Unusable("turns", f"message {number} has the unknown role {given!r}", field)
-    if any(not is_blank(message.get(calls)) for calls in ("tool_calls", "function_call")):
-        raise Unusable("turns", f"message {number} calls a tool, and only text can be read", field)
+    role = ROLES.get(str(given).strip().lower())
+    refuse_if(role is None, f"{words} has the unknown role {given!r}", field)
+    calls = (message.get(name) for name in ("tool_calls", "function_call"))
+    refuse_if(not all(map(is_blank, calls)), f"{words} calls a tool, and only text can be read", field)
     if isinstance(content, list) and content:
         parts = [part if isinstance(part, dict) else {"text": part} for part in content]
-        if other := next((kind for part in parts if (kind := part.get("type", "text")) != "text"), None):
-            words = f"message {number} holds a part of type {other!r}, and only text can be read"
-            raise Unusable("turns", words, field)
+        other = next((kind for part in parts if (kind := part.get("type", "text")) != "text"), None)
+        refuse_if(other, f"{words} holds a part of type {other!r}, and only text can be read", field)
         texts = [part.get("text") for part in parts]
         content = "".join(text if isinstance(text, str) else _text(text, field) for text in texts)
     return None if role == "system" and is_blank(content) else {"role": role, "content": _text(content, field)}
@@ -114,8 +110,7 @@ def _messages(value, field):
         told = turns if field == "prompt" else lambda text: [{"role": "assistant", "content": text}]
         value = [value] if _keys(value) else told(_text(value, field))
     found = [turn for number, message in enumerate(value, 1) if (turn := _turn(message, field, number))]
-    if not found:
-        raise Unusable("empty", "is an empty message list", field)
+    refuse_if(not found, "is an empty message list", field, "empty")
     return found
 
 
@@ -150,15 +145,14 @@ def _conversation(prompt, answer, field):
     for size in range(min(len(asked), len(said)), 0, -1):
         if asked[-size:] == said[:size]:
             return prompt[:-size] + answer
-    raise Unusable("turns", "repeats a prompt that differs from the other fields' prompt", field)
+    raise Unusable("repeats a prompt that differs from the other fields' prompt", field)
 
 
 def _in_context(told, cells, notes):
     """Turns with what other columns add: earlier turns, a system message, the input of an instruction."""
     history, system, given = (cells.get(name) for name in ("history", "system", "input"))
     if not is_blank(history):
-        if not isinstance(history, list):
-            raise Unusable("turns", "is not a list of messages or of pairs of texts", "history")
+        refuse_if(not isinstance(history, list), "is not a list of messages or of pairs of texts", "history")
         if all(isinstance(pair, list) and len(pair) == 2 for pair in history):
             texts = [text for pair in history for text in pair]
             history = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
@@ -176,19 +170,16 @@ def _in_context(told, cells, notes):
 def _parted(chosen, rejected, notes):
     """Prompt, chosen and rejected of two conversations, from the first turn in which they differ."""
     one, other = ([*map(_key, talk)] for talk in (chosen, rejected))
-    if one == other:
-        raise Unusable("equal", "is equal to chosen", "rejected")
+    refuse_if(one == other, "is equal to chosen", "rejected", "equal")
     shared = next((n for n, keys in enumerate(zip(one, other, strict=False)) if keys[0] != keys[1]), None)
-    if shared is None:
-        words = "one conversation is the beginning of the other: end both with the answers that are to be compared"
-        raise Unusable("turns", words, "rejected")
-    if not chosen[shared]["role"] == rejected[shared]["role"] == "assistant":
+    words = "one conversation is the beginning of the other: end both with the answers that are to be compared"
+    refuse_if(shared is None, words, "rejected")
+    if not one[shared][0] == other[shared][0] == "assistant":
         short, long = sorted((one[:-1], other[:-1]), key=len)
-        if short == long[len(long) - len(short) :]:
-            words = "holds a system message or earlier turns that the other answer lacks: put them into the prompt"
-            raise Unusable("turns", words, PAIRS[1 + (len(other) > len(one))])
+        words = "holds a system message or earlier turns that the other answer lacks: put them into the prompt"
+        refuse_if(short == long[len(long) - len(short) :], words, PAIRS[1 + (len(other) > len(one))])
         words = f"parts from chosen at message {shared + 1}, where not both hold an answer: give both the same prompt"
-        raise Unusable("turns", words, "rejected")
+        raise Unusable(words, "rejected")
     if max(len(one), len(other)) > shared + 1:
         notes.add("later_turns")
     return _asked(chosen[:shared]), chosen[shared]["content"], rejected[shared]["content"]
@@ -196,19 +187,16 @@ def _parted(chosen, rejected, notes):
 
 def _completed(talk):
     """Prompt and completion of one conversation."""
-    if talk[-1]["role"] != "assistant":
-        raise Unusable("turns", "does not end with an assistant turn", "completion")
+    refuse_if(talk[-1]["role"] != "assistant", "does not end with an assistant turn", "completion")
     return _asked(talk[:-1]), talk[-1]["content"]
 
 
 def _asked(talk):
     """The prompt as one string; it must end with the user's turn."""
-    if not talk:
-        raise Unusable("missing", "is missing", "prompt")
-    if (role := talk[-1]["role"]) != "user":
-        raise Unusable("turns", f"the prompt ends with a turn of role {role!r}, not 'user'", "prompt")
-    if number := next((number for number, turn in enumerate(talk, 1) if TURN in turn["content"]), None):
-        raise Unusable("turns", f"message {number} holds the turn separator \\x1e", "prompt")
+    refuse_if(not talk, "is missing", "prompt", "missing")
+    role, held = talk[-1]["role"], [TURN in turn["content"] for turn in talk]
+    refuse_if(role != "user", f"the prompt ends with a turn of role {role!r}, not 'user'", "prompt")
+    refuse_if(any(held), f"message {[*held, True].index(True) + 1} holds the turn separator \\x1e", "prompt")
     return join_turns(talk)
 
 
@@ -225,19 +213,18 @@ class Reader:
 
     def __init__(self, fields, rows):
         self.fields, self.answers = fields, [name for name in fields[1:] if name != "label"]
-        texts = [([row.get(name) for name in self.answers], row.get("prompt")) for row in rows]
-        texts = [(answers, prompt) for answers, prompt in texts if all(isinstance(answer, str) for answer in answers)]
-        asked = [(answers, prompt) for answers, prompt in texts if isinstance(prompt, str)]
-        told = dict.fromkeys(self.answers, _most(all(map(_dialogue, answers)) for answers, _ in texts))
-        self._told = told | {"prompt": _most(_dialogue(prompt) for _, prompt in asked)}
-        self._repeated = _most(all(_rest(answer, prompt) for answer in answers) for answers, prompt in asked)
+        texts = [row for row in rows if all(isinstance(row.get(name), str) for name in self.answers)]
+        asked = [row for row in texts if isinstance(row.get("prompt"), str)]
+        told = _most(all(_dialogue(row[name]) for name in self.answers) for row in texts)
+        self._told = dict.fromkeys(self.answers, told) | {"prompt": _most(_dialogue(row["prompt"]) for row in asked)}
+        self._repeated = _most(all(_rest(row[name], row["prompt"]) for name in self.answers) for row in asked)
 
     def read(self, cells):
         """(what a row holds, as dicts of the fields of its shape; names of what was done to read it)."""
         notes, found = {"messages_spelled"} if "spelled" in cells else set(), []
         label = LABELS.get(str(cells.get("label")).strip().lower())
-        if "label" in self.fields and label is None:
-            raise Unusable("label", f"is {cells.get('label')!r}, not true or false", "label")
+        unread = label is None and "label" in self.fields
+        refuse_if(unread, f"is {cells.get('label')!r}, not true or false", "label", "label")
         *_, last = self.answers
         answers = cells.get(last)  # several rejected answers make several pairs
         several = isinstance(answers, list) and answers and not isinstance(answers[0], dict)
@@ -276,6 +263,6 @@ class Reader:
             notes.add("dialogue_text")
             value = told[:-1] if field == "prompt" and told[-1]["content"] == "" else told
         found = _messages(value, field)
-        if field != "prompt" and not any(turn["role"] == "assistant" for turn in found):
-            raise Unusable("turns", "does not end with an assistant turn", field)
+        answers = field == "prompt" or any(turn["role"] == "assistant" for turn in found)
+        refuse_if(not answers, "does not end with an assistant turn", field)
         return found
