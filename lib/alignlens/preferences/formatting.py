@@ -58,10 +58,10 @@ class Formatter:
     """One text format for all methods and all measurements: token ids of a prompt and of its response.
 
     prompt ids + response ids are the tokens of the rendered conversation up to and including the end-of-turn token, and
-    the prompt ids are what generation starts from. Thinking is switched off, and an empty thinking block belongs to the
-    prompt; where an answer holds a reasoning trace (``</think>``) thinking is on, and the trace belongs to the answer,
-    as in generation, also if the template would leave it out. An end-of-turn token that is written out at the end of an
-    answer is taken off. Templates that print today's date get a fixed one. Nothing is ever cut.
+    the prompt ids are what generation starts from. Thinking is off, with an empty block in the prompt, but where an
+    answer holds a reasoning trace (``</think>``): that belongs to the answer, as in generation, also if the template
+    would leave it out. An end-of-turn token that is written out behind an answer is taken off. Templates that print
+    today's date get a fixed one. Nothing is ever cut.
     max_length : most tokens of prompt and response together; None for no limit.
     template : "chat" uses the tokenizer's chat template; "plain" writes each turn and a blank line (BOS first if the
     tokenizer itself adds it, end of sequence last); "auto" is chat where there is a template.
@@ -188,7 +188,8 @@ class Formatter:
             raise Unusable(f"the text holds the special token {found.group()!r}", kind="special_token")
         size = len(head) if self.template == "chat" else 0  # plain: prompt and response are tokenised apart
         if whole[:size] != head[:size]:
-            words = f"the prompt's end {self.tokenizer.decode(head[-3:])!r} is tokenised differently once a response follows"
+            end = self.tokenizer.decode(head[-3:])
+            words = f"the prompt's end {end!r} is tokenised differently once a response follows"
             raise Unusable(words, kind="boundary")
         return self._bos + head, whole[size:] + self._end_ids
 

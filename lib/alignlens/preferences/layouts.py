@@ -157,14 +157,11 @@ def judge_labels(pairs, columns, report):
         names = [column.replace("chosen", other) for other in ("rejected", "reject") if "chosen" in column]
         twin = next((name for name in names if name in pairs and OWN_SCORE.search(column.lower())), None)
         if twin or _word(column) == "margin":
-            gaps[column] = _numbers(pairs[column]) - (_numbers(pairs[twin]) if twin else 0)
+            one, *other = (pd.Series(map(_number, pairs[name]), pairs.index, float) for name in (column, twin) if name)
+            gaps[column] = one - (other[0] if other else 0)
             seen += [column, twin or column]
     seen += [column for column in columns if SURE & {*re.split("[^a-z]+", _word(column))}]
     if seen:
         against, equal = (gaps < 0).any(axis=1), (gaps == 0).any(axis=1)
         report |= {"scores_contradict": int(against.sum()), "scores_equal": int((equal & ~against).sum())}
         report["label_columns"] = ", ".join(dict.fromkeys(seen))
-
-
-def _numbers(column):
-    return pd.Series([_number(value) for value in column], column.index, dtype=float)

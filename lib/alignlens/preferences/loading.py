@@ -20,23 +20,21 @@ def load_pairs(source, *, limit=None, max_chars=None, split="train", on_bad="ref
 
     source : a .jsonl, .json, .csv, .tsv or .parquet file (also as .gz, .bz2, .xz), a folder of them or one that
     ``datasets`` saved, a glob, a list of files or of dicts, a DataFrame, a ``Dataset``, or a hub id (``org/name`` or
-    ``org/name@revision``). Columns: ``prompt, chosen, rejected`` or ``prompt, completion, label``, or another of the
-    ``layouts``.
-    Texts are strings or message lists, also as JSON or Python text. Both answers must have one prompt; turns that they
-    repeat of it are taken off, or stand in for a missing one. Conversations are compared at the first assistant turn in
-    which they differ, and what follows is left off. A text is a dialogue ("Human: ... Assistant: ..."), or begins with
-    its prompt, which is taken off, only if most rows of the file do so. A list of rejected answers makes one pair each.
-    Labelled completions (KTO) are paired within their prompt, desirable with undesirable in the order of a content
-    hash, each used at most once; their extra columns come twice, ``*_chosen`` and ``*_rejected``.
+    ``org/name@revision``), with columns ``prompt, chosen, rejected``, or ``prompt, completion, label``, or of another
+    of the ``layouts``. Texts are strings or message lists, also as JSON or Python text. Both answers must have one
+    prompt; turns that they repeat of it are taken off, or stand in for a missing one. Conversations are compared at the
+    first assistant turn in which they differ, and what follows is left off. A text is a dialogue ("Human: ...
+    Assistant: ..."), or begins with its prompt, only if most rows of the file do so. A list of rejected answers makes
+    one pair each. Labelled completions (KTO) are paired within their prompt, desirable with undesirable in the order of
+    a content hash, each used at most once; their extra columns come twice, ``*_chosen`` and ``*_rejected``.
     limit : at most this many pairs, as whole prompts in the order of ``prompt_id`` (a hash), so that a smaller limit
     gives a subset. max_chars : pairs with a longer prompt (all its turns) or answer are dropped. split : of a data set,
     or of a folder whose file names tell it; the only one if there is one.
     on_bad : "refuse" raises on unusable rows, among them those that the file marks as invalid or tied; "drop" leaves
     them out and counts them. Pairs whose own scores contradict them or are equal are kept and counted.
-    Returns ``prompt, chosen, rejected, prompt_id``, then the extra columns, in file order. ``attrs["report"]`` counts
-    what was dropped and why, and what was done to read the file (keys in ``NOTED``; see ``describe_report``). Exact
-    duplicates are dropped; contradictory pairs (the same two answers, swapped) are kept and counted. Raises
-    PreferenceError naming source, row (line of a .jsonl) and field."""
+    Returns ``prompt, chosen, rejected, prompt_id``, then the extra columns, in file order, without exact duplicates.
+    ``attrs["report"]`` counts what was dropped and why, and what was done to read the file (keys in ``NOTED``; see
+    ``describe_report``). Raises PreferenceError naming source, row (line of a .jsonl) and field."""
     require_count(limit, "limit")
     require_count(max_chars, "max_chars")
     if on_bad not in ("refuse", "drop"):
@@ -52,7 +50,7 @@ def load_pairs(source, *, limit=None, max_chars=None, split="train", on_bad="ref
         advice = "Mend them, or pass on_bad='drop' to leave them out and count them."
         raise PreferenceError(f"{name}: {len(problems)} of {len(rows)} rows cannot be used. {shown}. {advice}")
     usable = [(row, *found) for row, found in zip(rows, read, strict=True) if not isinstance(found, Unusable)]
-    records = [pair | {name: row.get(name) for name in layout.others} for row, found, _ in usable for pair in found]
+    records = [pair | {other: row.get(other) for other in layout.others} for row, found, _ in usable for pair in found]
     bad = Counter(f"bad_{problem.kind}" for _, problem in problems)
     done = Counter(note for *_, notes in usable for note in notes)
     report = {"source": name, "rows": len(rows), **dict(sorted(bad.items())), **dict(sorted(done.items()))}

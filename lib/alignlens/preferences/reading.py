@@ -1,7 +1,6 @@
 """From a source (file, folder, glob, hub data set, table, list) to its rows, each with the place that names it."""
 
 import bz2
-import codecs
 import glob
 import gzip
 import io
@@ -23,8 +22,7 @@ from alignlens.preferences.layouts import TEXT_COLUMNS
 from alignlens.preferences.prompts import Unusable
 
 UNPACK = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "eval": "test"}
-SPLIT_WORDS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+SPLIT_FORMS = {"train(ing)?": "train", "test|eval": "test", "val(id(ation)?)?|dev": "validation"}  # in files' names
 
 
 def _datasets():
@@ -35,8 +33,7 @@ def _datasets():
 
 def _read_json(content):
     """A list of objects, one object that may hold the list, or one object a line."""
-    wide = content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # as spreadsheets on Windows write
-    text = io.TextIOWrapper(io.BytesIO(content), "utf-16" if wide else "utf-8-sig").read()
+    text = content.decode(json.detect_encoding(content))  # spreadsheets on Windows write UTF-16
     try:
         found = json.loads(text)
     except ValueError:
@@ -77,8 +74,7 @@ READERS = {
     ".jsonl": _read_json, ".json": _read_json, ".ndjson": _read_json, ".csv": _read_csv,
     ".tsv": lambda content: _read_csv(content, "\t"), ".parquet": _read_parquet,
 }  # fmt: skip
-SUFFIXES = tuple(READERS)
-ADVICE = f"Give a table, a {', '.join(SUFFIXES)} file (also as .gz, .bz2 or .xz), a folder or glob of them, or a hub id"
+ADVICE = f"Give a table, a {', '.join(READERS)} file (also as .gz, .bz2 or .xz), a folder or glob of them, or a hub id"
 
 
 def _suffix(path):
@@ -112,7 +108,7 @@ def _folder(path):
         inside = str(file.relative_to(path)).lower()
         if _suffix(file) in READERS and not re.search(r"(^|/)(\.|dataset_info)", inside):
             words = re.findall("[a-z]+", inside)
-            split = next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "")
+            split = next((name for word in words for form, name in SPLIT_FORMS.items() if re.fullmatch(form, word)), "")
             splits.setdefault(split + "_prefs" * ("prefs" in words), []).append(file)
     if not splits:
         raise PreferenceError(f"the folder holds no file that can be read. {ADVICE}")
@@ -134,7 +130,7 @@ def _read_path(source, split):
     if found := sorted(glob.glob(str(path), recursive=True)):
         return found
     if is_local(source):
-        raise PreferenceError(f"no such file. Give an existing {', '.join(SUFFIXES)} file or a hub id")
+        raise PreferenceError(f"no such file. Give an existing {', '.join(READERS)} file or a hub id")
     return _read_hub(*source.partition("@")[::2], split)
 
 
@@ -177,12 +173,6 @@ def _read(source, split):
     return rows
 
 
-def _named(row):
-    """A row whose columns are called by text that can be written."""
-    named = isinstance(row, Mapping)
-    return {str(name).encode(errors="replace").decode(): value for name, value in row.items()} if named else row
-
-
 def read_source(source, split):
     """The name of a source, the places that name its rows, and the rows: dicts, or an Unusable where one is broken.
 
@@ -190,9 +180,13 @@ def read_source(source, split):
     name = str(source) if isinstance(source, str | Path) else type(source).__name__
     try:
         found = _read(source, split)
-        return name, [place for place, _ in found], [_named(row) for _, row in found]
+        places, rows = [place for place, _ in found], [row for _, row in found]
     except PreferenceError as error:
         raise PreferenceError(f"{name}: {error}.") from error
     except Exception as error:  # readers and the hub raise many unrelated types; the user needs one clear sentence
         has = f"{ADVICE} whose data set has a split {split!r}."
         raise PreferenceError(f"{name}: cannot be read ({type(error).__name__}: {error}). {has}") from error
+    for number, row in enumerate(rows):
+        if isinstance(row, Mapping):  # its columns are called by text that can be written
+            rows[number] = {str(column).encode(errors="replace").decode(): value for column, value in row.items()}
+    return name, places, rows

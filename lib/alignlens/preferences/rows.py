@@ -229,8 +229,8 @@ class Reader:
         answers = cells.get(last)  # several rejected answers make several pairs
         several = isinstance(answers, list) and answers and not isinstance(answers[0], dict)
         for answer in answers if several else [answers]:
-            talks = self._talks(cells | {last: answer}, notes)
-            texts = _parted(*talks, notes) if len(talks) == 2 else _completed(*talks)
+            talk, *other = self._talks(cells | {last: answer}, notes)
+            texts = _parted(talk, *other, notes) if other else _completed(talk)
             found.append(dict(zip(self.fields, (*texts, label), strict=False)))
         return found, notes
 
