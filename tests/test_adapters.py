@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3MoeConfig
 
 from alignlens import activations, models
+from alignlens.core import hub
 from alignlens.core.errors import ModelError
-from alignlens.models import sources
 
 SIZE = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -388,7 +388,7 @@ def test_a_hub_out_of_reach_is_asked_once(base, what, monkeypatch, caplog):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setattr(sources, "get_session", Session)
+    monkeypatch.setattr(hub, "get_session", Session)
     with pytest.raises(ModelError, match=rf"^{what} 'some/thing' cannot be loaded: the hub cannot be reached, and the"):
         models.load(*(["some/thing"] if what == "model" else [base, "some/thing"]))
     assert asked == [constants.ENDPOINT] and not caplog.records and constants.HF_HUB_OFFLINE is False

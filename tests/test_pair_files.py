@@ -8,7 +8,9 @@ import re
 import datasets
 import pandas as pd
 import pytest
+from huggingface_hub import constants
 
+from alignlens.core import hub
 from alignlens.core.errors import PreferenceError
 from alignlens.preferences import NOTED, describe_report, is_local, join_turns, load_pairs
 
@@ -543,3 +545,20 @@ def test_files_that_cannot_be_read_say_why(name, content, words, tmp_path):
 def test_sources_that_are_none_say_what_to_give(source, words):
     with pytest.raises(PreferenceError, match=re.escape(words)):
         load_pairs(source)
+
+
+def test_a_hub_out_of_reach_is_asked_once(monkeypatch, caplog):
+    asked = []
+
+    class Session:
+        def head(self, url, **options):
+            asked.append(url)
+            raise OSError("no route")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(hub, "get_session", Session)
+    words = r"^nobody/nothing: cannot be read \(OSError: the hub cannot be reached, and the cache lacks its files\)"
+    with pytest.raises(PreferenceError, match=words):
+        load_pairs("nobody/nothing")
+    assert asked == [constants.ENDPOINT] and not caplog.records and constants.HF_HUB_OFFLINE is False

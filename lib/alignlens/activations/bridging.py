@@ -21,11 +21,10 @@ def hook_name(layer: int) -> str:
 def bridge(model, *, own: bool = False):
     """A TransformerLens bridge of a transformers causal model, checked against the model itself.
 
-    Bridging changes a model in place: a copy is bridged unless ``own`` says that nobody needs the model afterwards.
-    Attention becomes eager, so that its hooks fire. On a few tokens, and on more than a sliding window of them, what
-    each block adds to each dimension, and each logit, must be what the eager model itself gives, to ``ALLOWED`` of its
-    size and rounding; the eager model must agree with the model as it was given. Raises ActivationError for an unmerged
-    adapter, an architecture without a bridge, or a bridge that disagrees."""
+    A copy is bridged, with eager attention so that its hooks fire, unless ``own`` says that nobody needs the model
+    afterwards. On a few tokens, and beyond a sliding window, what each block adds to each dimension, and each logit,
+    must be what the eager model gives, to ``ALLOWED`` of its size and rounding; the eager model must agree with the
+    given one. Raises ActivationError otherwise, for an unmerged adapter and for an architecture without a bridge."""
     from transformer_lens.model_bridge.sources import build_bridge_from_module  # noqa: PLC0415  takes seconds
 
     if hasattr(model, "peft_config"):

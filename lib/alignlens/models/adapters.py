@@ -7,8 +7,6 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
 from transformers import AutoTokenizer
 
 from alignlens.core.errors import ModelError
@@ -22,17 +20,15 @@ TOLERANCE = 1e-3, 0.1  # of the logits' size, between an adapter beside its base
 def merge(model, adapter: Source, base: Source, *, head: bool = False):
     """Merge an adapter into its base: (model, notes), the notes being what a user should know.
 
-    By PEFT's own account every weight of the adapter must be in its file and every weight of its file have a place in
-    the model, and the merge must leave the logits of a few tokens as they were. Embeddings that are tied to the head
-    are untied if the adapter changes one of the two. ``head``: the adapter must hold a trained score head. Otherwise,
-    and for a kind of adapter that is no change of weights, ModelError."""
+    Every weight of the adapter must be in its file, and of its file in the model (by PEFT's account), and the merge
+    must leave logits as they were. Tied embeddings are untied if the adapter changes one end. ``head``: it must hold a
+    trained score head. Otherwise, and for a kind of adapter that is no change of weights, ModelError."""
     with opening(adapter, "adapter") as (name, revision):
-        places = [file_of(name, file, revision) for file in ("adapter_config.json", "adapter_model.safetensors")]
-        if None in places:
+        files = [file_of(name, file, revision) for file in ("adapter_config.json", "adapter_model.safetensors")]
+        if None in files:
             raise FileNotFoundError("one of its two files is missing")
-        folder = str(places[0].parent)
+        given, folder = json.loads(files[0].read_text()), str(files[0].parent)
         config, weights = PeftConfig.from_pretrained(folder), load_peft_weights(folder, device="cpu")
-        given = json.loads(places[0].read_text())
     if problem := _unmergeable(config):
         raise ModelError(f"adapter {str(adapter)!r} {problem}")
     notes = _notes(config, given, base)
@@ -61,9 +57,8 @@ def own_tokenizer(adapter: Source, tokenizer, *, trust_remote_code: bool = False
         if any(whole):
             own = AutoTokenizer.from_pretrained(name, **revision, trust_remote_code=trust_remote_code)
         else:
-            own = copy.deepcopy(tokenizer)
-            told = json.loads(settings.read_text()).get("chat_template") if settings else None
-            own.chat_template = template.read_text() if template else told
+            own, told = copy.deepcopy(tokenizer), json.loads(settings.read_text()) if settings else {}
+            own.chat_template = template.read_text() if template else told.get("chat_template")
     own.chat_template = own.chat_template or tokenizer.chat_template
     ids, base = own.get_vocab(), tokenizer.get_vocab()
     if wrong := sorted(token for token in ids.keys() & base.keys() if ids[token] != base[token]):
@@ -81,14 +76,13 @@ def _unmergeable(config) -> str | None:
     """Why an adapter is no change of its base's weights that its files tell, if it is none."""
     kind, train = config.peft_type.value.replace("_", " ").lower(), "train an adapter that can be merged, such as LoRA"
     if config.is_prompt_learning or config.is_adaption_prompt:
-        return f"is of kind {kind}: it adds virtual tokens and changes no weights, which are what is compared; {train}"
+        return f"is of kind {kind}: it adds virtual tokens and changes no weights; {train}"
     if getattr(config, "alora_invocation_tokens", None):
         return f"is an activated LoRA: it acts only after some tokens and cannot be merged into weights; {train}"
     start = str(getattr(config, "init_lora_weights", "")).lower()
     if start.startswith(("pissa_niter", "corda", "lora_ga")):  # PEFT would draw another base, or take the unchanged one
         how = "save it with path_initial_model_for_weight_conversion"
         return f"was trained on a base that its start ({start}) changed in a way that its files do not tell; {how}"
-    return None
 
 
 def _notes(config, given: dict, base: Source) -> list[str]:
@@ -113,7 +107,8 @@ def _name(source: Source) -> str:
 def _merged(model, config, weights):
     """(merged model, whether its embeddings were untied)."""
     _resize(model, weights)
-    tied, config.inference_mode = _tied(model), True
+    head, config.inference_mode = model.get_output_embeddings(), True
+    tied = head is not None and head.weight is model.get_input_embeddings().weight
     tuned = get_peft_model(model, config).eval()
     if problem := _unloaded(tuned, weights):
         raise ValueError(problem)
@@ -126,7 +121,7 @@ def _merged(model, config, weights):
     off = float((after - before).norm() / before.norm())
     if not off <= TOLERANCE[torch.finfo(model.dtype).bits < 32]:
         raise ValueError(f"merged into the weights it gives other logits than beside them (by {off:.2g} of their size)")
-    return merged, tied and _own_head(merged)
+    return merged, tied and not _tie_equals(merged)
 
 
 def _resize(model, weights) -> None:
@@ -148,9 +143,8 @@ def _unloaded(tuned, weights) -> str | None:
     except KeyError as error:  # a whole module that the adapter was to save
         return f"its file lacks {str(error.args[0]).removeprefix(PREFIX)}"
     places = {name: weight.data_ptr() for name, weight in tuned.state_dict().items()}
-    absent = set(found.missing_keys)
-    filled = {place for name, place in places.items() if name not in absent}
-    own = {w.data_ptr() for w in get_peft_model_state_dict(tuned, save_embedding_layers=False).values()} - filled
+    own = {weight.data_ptr() for weight in get_peft_model_state_dict(tuned, save_embedding_layers=False).values()}
+    own -= {places[name] for name in places.keys() - found.missing_keys}  # shared weights are filled by one name
     lost = {
         "its file lacks {} of its weights, {} first": [name for name in found.missing_keys if places[name] in own],
         "the model has no place for {} of its weights, {} first": found.unexpected_keys,
@@ -159,27 +153,20 @@ def _unloaded(tuned, weights) -> str | None:
 
 
 def _untie(tuned) -> None:
-    """Where the adapter changes one of two tied ends, each gets weights of its own: a merge would change both."""
-    ends = (tuned.get_input_embeddings(), tuned.get_output_embeddings())
-    if any(isinstance(end, BaseTunerLayer | AuxiliaryTrainingWrapper) for end in ends):
-        layers = [layer for layer in tuned.modules() if isinstance(layer, torch.nn.Embedding | torch.nn.Linear)]
-        seen = set()
-        for layer in layers:
+    """Give each layer weights of its own: where an adapter changes one of two tied ends, a merge would change both."""
+    seen = set()
+    for layer in tuned.modules():
+        if isinstance(layer, torch.nn.Embedding | torch.nn.Linear):
             if id(layer.weight) in seen:
                 layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
             seen.add(id(layer.weight))
 
 
-def _tied(model) -> bool:
-    head = model.get_output_embeddings()
-    return head is not None and head.weight is model.get_input_embeddings().weight
-
-
-def _own_head(model) -> bool:
-    """Whether the head differs from the embeddings now; the configuration ties them again, or no longer."""
+def _tie_equals(model) -> bool:
+    """Tie head and embeddings again if they are still equal; the configuration tells which."""
     head, start = model.get_output_embeddings(), model.get_input_embeddings()
     if same := torch.equal(head.weight, start.weight):
         head.weight = start.weight
     model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = same
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
-    return not same
+    return same

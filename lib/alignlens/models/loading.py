@@ -106,31 +106,30 @@ def _fetch(kind, source, **options):
 
 def _weights(kind, source, notes: list[str], **options):
     """A model from safetensors, all of its weights (but a new score head) from its files, and all of theirs in it."""
+    policy = kind is transformers.AutoModelForCausalLM
     with opening(source) as (name, revision):
-        index = file_of(name, "model.safetensors.index.json", revision)
-        shards = set(json.loads(index.read_text())["weight_map"].values()) if index else set()
-        if pickled := sorted(shard for shard in shards if not shard.endswith(".safetensors")):
+        files = ("config.json", "model.safetensors.index.json", "adapter_config.json")
+        config, index, beside = (file_of(name, file, revision) for file in files)
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index else ["model.safetensors"]
+        if pickled := [shard for shard in shards if not shard.endswith(".safetensors")]:
             raise ValueError(f"its index points to {pickled[0]}, and pickled weights are not loaded")
-        config = file_of(name, "config.json", revision)
         if config and "quantization_config" not in json.loads(config.read_text()):
-            for file in filter(None, (file_of(name, shard, revision) for shard in shards or ["model.safetensors"])):
+            for file in filter(None, (file_of(name, shard, revision) for shard in shards)):
                 _refuse_codes(file)
         # Transformers would put an adapter that lies beside the weights on top of them: it finds none in this folder.
         options |= {"adapter_kwargs": {"subfolder": "no-adapter"}, "ignore_mismatched_sizes": True}
         options |= {"use_safetensors": True, "output_loading_info": True, "key_mapping": WRAPPERS}
         model, found = kind.from_pretrained(name, **revision, **options)
-        beside = file_of(name, "adapter_config.json", revision)
-    if kind is transformers.AutoModelForCausalLM and "SequenceClassification" in str(model.config.architectures):
+    if policy and "SequenceClassification" in str(model.config.architectures):
         raise ModelError(f"model {str(source)!r} is a classifier or reward model, not one that writes answers")
-    policy, extra = kind is transformers.AutoModelForCausalLM, sorted(found["unexpected_keys"])
+    extra = [weight for weight in sorted(found["unexpected_keys"]) if policy and not re.fullmatch(BUFFERS, weight)]
     values = [weight for weight in extra if weight.startswith(HEADS)]
     missing = sorted(set(found["missing_keys"]) - (set() if policy else {"score.weight"}))
-    extra = [weight for weight in extra if policy and weight not in values and not re.fullmatch(BUFFERS, weight)]
     wrong = [f"{weight}: {list(own)}, by its config.json {list(due)}" for weight, own, due in found["mismatched_keys"]]
     problems = {
         "its files lack {} weights, {} first; they would be random": missing,
         "{} of its weights have another shape, such as {}": sorted(wrong),
-        "its config.json has no place for {} weights of its files, {} first": extra,
+        "its config.json has no place for {} weights of its files, {} first": [n for n in extra if n not in values],
     }
     for problem, names in problems.items():
         if names:

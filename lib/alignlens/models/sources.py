@@ -6,17 +6,19 @@ import re
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from huggingface_hub import constants
-from huggingface_hub.utils import get_session
 from transformers.utils import cached_file
 
 from alignlens.core.errors import AlignlensError, ModelError
+from alignlens.core.hub import asked_once
 from alignlens.models.session import quietly
 
 Source = str | Path
 HUB_ID = r"\w[\w.-]*(?:/[\w.-]+)?"
 GIVE = "Give a local folder, or a hub id that is public or that you are logged in for, with the hub in reach"
-SECONDS = 5  # that the hub has to answer
+NEEDS = {
+    "model": "config.json, safetensors weights and the tokenizer's files, whole and of one model",
+    "adapter": "adapter_config.json and adapter_model.safetensors (convert pickled weights first)",
+}
 
 
 def pinned(source: Source) -> tuple[str, dict[str, str]]:
@@ -29,25 +31,27 @@ def pinned(source: Source) -> tuple[str, dict[str, str]]:
 
 @contextmanager
 def opening(source: Source, what: str = "model"):
-    """Open a source, yielding its name and revision; whatever a library says against it becomes one ModelError.
-
-    If the hub does not answer at once, only the cache is looked at: nobody waits for its retries."""
-    (name, revision), was = pinned(source), constants.HF_HUB_OFFLINE
+    """Open a source, yielding its name and revision; whatever a library says against it becomes one ModelError."""
+    name, revision = pinned(source)
     if Path(name).is_file():
         advice = "give the folder that holds it, with config.json and the tokenizer's files"
         if name.endswith(".gguf"):
             advice = "a GGUF file is not read yet, give the safetensors model that it was made from"
         raise ModelError(f"{what} {str(source)!r} is a file: {advice}")
-    try:
-        constants.HF_HUB_OFFLINE = was or (_on_hub(name) and not _hub_answers())
-        with quietly():
-            yield name, revision
-    except AlignlensError:
-        raise
-    except Exception as error:  # configurations, kernels and tokenizers raise anything
-        raise ModelError(f"{what} {str(source)!r} cannot be loaded: {_why(name, revision, what, error)}") from error
-    finally:
-        constants.HF_HUB_OFFLINE = was
+    hub = bool(re.fullmatch(HUB_ID, name)) and not Path(name).exists()
+    with asked_once(hub) as away:
+        try:
+            with quietly():
+                yield name, revision
+        except AlignlensError:
+            raise
+        except Exception as error:  # configurations, kernels and tokenizers raise anything
+            why = away if away and isinstance(error, OSError) else first_line(error)
+            if what == "model" and (base := _adapted(name, revision)):
+                why = f"it is an adapter for {base}; give an adapter beside its base"
+            else:
+                why = f"{why}. {GIVE}" if hub else _local(Path(name), what, why)
+            raise ModelError(f"{what} {str(source)!r} cannot be loaded: {why}") from error
 
 
 def file_of(name: str, file: str, revision: dict[str, str]) -> Path | None:
@@ -64,36 +68,14 @@ def first_line(error: Exception) -> str:
     return (said if " " in said else f"{type(error).__name__} {said}").strip().rstrip(".")
 
 
-def _on_hub(name: str) -> bool:
-    return bool(re.fullmatch(HUB_ID, name)) and not Path(name).exists()
-
-
-def _hub_answers() -> bool:
-    try:
-        return bool(get_session().head(constants.ENDPOINT, timeout=SECONDS))
-    except Exception:  # the transport's own errors, which differ between versions
-        return False
-
-
-def _why(name: str, revision: dict, what: str, error: Exception) -> str:
-    """Why a source cannot be opened, and what to do about it."""
-    if what == "model" and (base := _adapted(name, revision)):
-        return f"it is an adapter for {base}; give an adapter beside its base"
-    if _on_hub(name):
-        away, why = constants.HF_HUB_OFFLINE and isinstance(error, OSError), first_line(error)
-        switch = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-        why = f"the hub cannot be reached{switch}, and the cache lacks its files" if away else why
-        return f"{why}. {GIVE}"
-    if not Path(name).is_dir():
+def _local(folder: Path, what: str, why: str) -> str:
+    """Why a folder cannot be opened, and what to do about it."""
+    if not folder.is_dir():
         return "it was not found. There is no such folder; check the path"
-    if what == "adapter":
-        needs = "adapter_config.json and adapter_model.safetensors (convert pickled weights first)"
-        return f"{first_line(error)}. It needs {needs}"
-    kinds = {file.suffix for file in Path(name).iterdir()}
-    advice = "It needs config.json, safetensors weights and the tokenizer's files, whole and of one model"
-    if kinds & {".bin", ".pt", ".pth"} and ".safetensors" not in kinds:
-        advice = "It holds only pickled weights; convert them to safetensors first"
-    return f"{first_line(error)}. {advice}"
+    kinds = {file.suffix for file in folder.iterdir()}
+    if what == "model" and kinds & {".bin", ".pt", ".pth"} and ".safetensors" not in kinds:
+        return f"{why}. It holds only pickled weights; convert them to safetensors first"
+    return f"{why}. It needs {NEEDS[what]}"
 
 
 def _adapted(name: str, revision: dict) -> str | None:

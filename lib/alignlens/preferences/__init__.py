@@ -7,9 +7,9 @@ Responses are the text of one assistant turn."""
 from alignlens.preferences.formatting import Encoded, Formatter, collate
 from alignlens.preferences.loading import COLUMNS, NOTED, describe_report, load_pairs
 from alignlens.preferences.prompts import SPLITS, check_folds, join_turns, prompt_id, split_by_prompt, split_hash, turns
-from alignlens.preferences.reading import SUFFIXES, is_local
+from alignlens.preferences.reading import is_local
 
 __all__ = [
-    "COLUMNS", "NOTED", "SPLITS", "SUFFIXES", "Encoded", "Formatter", "check_folds", "collate", "describe_report",
-    "is_local", "join_turns", "load_pairs", "prompt_id", "split_by_prompt", "split_hash", "turns",
+    "COLUMNS", "NOTED", "SPLITS", "Encoded", "Formatter", "check_folds", "collate", "describe_report", "is_local",
+    "join_turns", "load_pairs", "prompt_id", "split_by_prompt", "split_hash", "turns",
 ]  # fmt: skip

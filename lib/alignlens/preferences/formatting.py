@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 from torch.nn.utils.rnn import pad_sequence
 
 from alignlens.core.errors import PreferenceError
-from alignlens.preferences.prompts import digest, prompt_id, require_columns, require_count, turns
+from alignlens.preferences.prompts import Unusable, attempt, digest, prompt_id, require_columns, require_count, turns
 
 # Some templates print today's date; this macro takes the place of that function, so token ids stay the same every day.
 FIXED_DATE = (
@@ -54,22 +54,14 @@ class Encoded:
         return len(self.prompt_ids)
 
 
-class Unusable(PreferenceError):
-    """One conversation cannot be formatted: why, as a kind that is counted (``DROPPED``) and in words."""
-
-    def __init__(self, kind, words):
-        super().__init__(f"cannot be formatted: {words}. Leave it out, mend it or raise max_length.")
-        self.kind, self.words = kind, words
-
-
 class Formatter:
     """One text format for all methods and all measurements: token ids of a prompt and of its response.
 
     prompt ids + response ids are the tokens of the rendered conversation up to and including the end-of-turn token, and
-    the prompt ids are what generation starts from. Thinking is switched off, and an empty thinking block belongs to the
-    prompt; where an answer holds a reasoning trace (``</think>``) thinking is on, and the trace belongs to the answer,
-    as in generation, also if the template would leave it out. An end-of-turn token that is written out at the end of an
-    answer is taken off. Templates that print today's date get a fixed one. Nothing is ever cut.
+    the prompt ids are what generation starts from. Thinking is off, with an empty block in the prompt, but where an
+    answer holds a reasoning trace (``</think>``): that belongs to the answer, as in generation, also if the template
+    would leave it out. An end-of-turn token that is written out behind an answer is taken off. Templates that print
+    today's date get a fixed one. Nothing is ever cut.
     max_length : most tokens of prompt and response together; None for no limit.
     template : "chat" uses the tokenizer's chat template; "plain" writes each turn and a blank line (BOS first if the
     tokenizer itself adds it, end of sequence last); "auto" is chat where there is a template.
@@ -100,14 +92,13 @@ class Formatter:
         self.pad_id = self._choose_pad()
 
     def _learn_template(self):
-        template = self.tokenizer.get_chat_template()
+        template, question, answer = self.tokenizer.get_chat_template(), "Question1", "Answer1"
         self._chat = FIXED_DATE * ("strftime_now" in template) + template
-        question, answer = "Question1", "Answer1"
-        conversation = [*turns(question), {"role": "assistant", "content": answer}]
         try:
-            opened, full = self._render(turns(question), True), self._render(conversation, False)
+            opened = self._render(turns(question), True)
+            full = self._render([*turns(question), {"role": "assistant", "content": answer}], False)
         except Unusable as refused:
-            raise PreferenceError(f"{refused.words}. Use template='plain'.") from refused
+            raise PreferenceError(f"{refused}. Use template='plain'.") from refused
         before, found, self._after = full.rpartition(answer)
         told = found and question in opened
         if told and before.startswith(opened):
@@ -141,7 +132,7 @@ class Formatter:
             return self.tokenizer.apply_chat_template(messages, add_generation_prompt=generation, **options)
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             roles = ", ".join(message["role"] for message in messages)
-            raise Unusable("template", f"the chat template refuses turns of roles {roles}: {error}") from error
+            raise Unusable(f"the chat template refuses turns of roles {roles}: {error}", kind="template") from error
 
     def _prompt_text(self, prompt, thinking=False):
         if self.template == "plain":
@@ -168,7 +159,9 @@ class Formatter:
         return opened + answer + self._end_text
 
     def _tokenize(self, texts):
-        texts, options = list(texts), {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        """Token ids of each text; none of an Unusable."""
+        texts = ["" if isinstance(text, Unusable) else text for text in texts]
+        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
         batches = (self.tokenizer(texts[i : i + CHUNK], **options)["input_ids"] for i in range(0, len(texts), CHUNK))
         return [[self._integers[token] for token in row] for batch in batches for row in batch]
 
@@ -178,41 +171,45 @@ class Formatter:
         responses = [self._bare(text) for text in responses]
         thinking = [THOUGHT in text for text in responses] if thinking is None else thinking
         asked = list(zip(prompts, responses, thinking, strict=True))
-        heads = {key: _unless(self._prompt_text, *key) for key in dict.fromkeys(zip(prompts, thinking, strict=True))}
-        texts = [_unless(self._whole_text, p, heads[p, t], r, t) for p, r, t in asked]
-        heads = dict(zip(heads, self._tokenize(map(_text, heads.values())), strict=True))
-        whole = self._tokenize(map(_text, texts))
-        return [
-            text if isinstance(text, Unusable) else self._cut(p, r, heads[p, t], ids)
-            for (p, r, t), text, ids in zip(asked, texts, whole, strict=True)
-        ]
+        opened = {key: attempt(self._prompt_text, *key) for key in dict.fromkeys(zip(prompts, thinking, strict=True))}
+        texts = [attempt(self._whole_text, p, opened[p, t], r, t) for p, r, t in asked]
+        heads = dict(zip(opened, self._tokenize(opened.values()), strict=True))
+        rows = zip(asked, texts, self._tokenize(texts), strict=True)
+        return [attempt(self._cut, text, p, r, heads[p, t], ids) for (p, r, t), text, ids in rows]
 
     def _bare(self, response):
         """The response without an end-of-turn token that is written out behind it."""
         text = response.rstrip()
         return next((text.removesuffix(end) for end in self._ends if text.endswith(end) and text != end), response)
 
-    def _cut(self, prompt, response, head, whole):
+    def _cut(self, text, prompt, response, head, whole):
+        """The ids of a whole text, parted where those of its prompt end."""
         if found := self._special.search(f"{prompt}\n{response}"):
-            return Unusable("special_token", f"the text holds the special token {found.group()!r}")
+            raise Unusable(f"the text holds the special token {found.group()!r}", kind="special_token")
         size = len(head) if self.template == "chat" else 0  # plain: prompt and response are tokenised apart
         if whole[:size] != head[:size]:
             end = self.tokenizer.decode(head[-3:])
-            return Unusable("boundary", f"the prompt's end {end!r} is tokenised differently once a response follows")
+            words = f"the prompt's end {end!r} is tokenised differently once a response follows"
+            raise Unusable(words, kind="boundary")
         return self._bos + head, whole[size:] + self._end_ids
 
-    def _overlong(self, prompt_ids, *responses):
-        size, longest = len(prompt_ids), max(map(len, responses), default=0)
+    def _within(self, ids):
+        """Ids of a prompt and its responses, or Unusable where they are over ``max_length``."""
+        size, longest = len(ids[0]), max(map(len, ids[1:]), default=0)
         if self.max_length is not None and size + longest > self.max_length:
-            words = f"the prompt has {size} tokens" + f" and the response {longest}" * bool(responses)
+            words = f"the prompt has {size} tokens" + f" and the response {longest}" * (len(ids) > 1)
             kind = "overlong_prompt" if size > self.max_length else "overlong_response"
-            return Unusable(kind, f"{words}, over max_length={self.max_length}")
+            raise Unusable(f"{words}, over max_length={self.max_length}", kind=kind)
+        return ids
 
     def prompt_ids(self, prompt):
         """Token ids (list of int) that generation starts from."""
-        [ids] = self._tokenize([self._prompt_text(prompt)])
-        ids, _ = _usable(self._cut(prompt, "", ids, ids))
-        return _usable(self._overlong(ids) or ids)
+        return _usable(attempt(self._prompt_ids, prompt))
+
+    def _prompt_ids(self, prompt):
+        text = self._prompt_text(prompt)
+        [ids] = self._tokenize([text])
+        return self._within(self._cut(text, prompt, "", ids, ids)[:1])[0]
 
     def response_ids(self, prompt, response):
         """Token ids (list of int) of the response after this prompt, ending with one end-of-turn token."""
@@ -220,8 +217,7 @@ class Formatter:
 
     def encode(self, prompt, response):
         """(prompt ids, response ids) of one conversation; PreferenceError if it is over ``max_length``."""
-        found = _usable(self._encode([prompt], [response])[0])
-        return _usable(self._overlong(*found) or found)
+        return _usable(attempt(self._within, *self._encode([prompt], [response])))
 
     def encode_pairs(self, pairs):
         """``Encoded`` of many pairs (prompt, chosen, rejected; what is one already, as it is).
@@ -229,31 +225,27 @@ class Formatter:
         Left out and counted are pairs of which either side is over ``max_length``, those with special tokens in a text,
         those whose turns the template refuses, and those whose prompt and response would merge into one token. Both
         answers follow the same prompt: if either holds a reasoning trace, thinking is on for both. Raises
-        PreferenceError if none is left."""
+        PreferenceError when no pair is left."""
         if isinstance(pairs, Encoded):
             return pairs
         require_columns(pairs, "prompt", "chosen", "rejected")
         prompts, chosen, rejected = (pairs[name].tolist() for name in ("prompt", "chosen", "rejected"))
         thinking = [THOUGHT in one + other for one, other in zip(chosen, rejected, strict=True)]
         both = self._encode(prompts * 2, chosen + rejected, thinking * 2)
-        sides = list(zip(both[: len(pairs)], both[len(pairs) :], strict=True))
-        problems = [next((side for side in row if isinstance(side, Unusable)), None) for row in sides]
-        # prompt, chosen and rejected ids of the rows that could be formatted
-        rows = [None if bad else (*row[0], row[1][1]) for row, bad in zip(sides, problems, strict=True)]
-        lengths = [len(row[0]) + max(map(len, row[1:])) for row in rows if row]
-        problems = [bad or self._overlong(*row) for row, bad in zip(rows, problems, strict=True)]
-        kept = np.array([bad is None for bad in problems], bool)
-        kinds = Counter(bad.kind for bad in problems if bad)
+        rows = zip(both[: len(pairs)], both[len(pairs) :], strict=True)
+        rows = [attempt(lambda one, other: (*one, other[1]), *sides) for sides in rows]
+        lengths = [len(row[0]) + max(map(len, row[1:])) for row in rows if not isinstance(row, Unusable)]
+        rows = [attempt(self._within, row) for row in rows]  # prompt, chosen and rejected ids
+        bad = [row for row in rows if isinstance(row, Unusable)]
+        kept, kinds = np.array([not isinstance(row, Unusable) for row in rows], bool), Counter(row.kind for row in bad)
         report = {"pairs": len(rows), "kept": int(kept.sum())} | {kind: kinds[kind] for kind in DROPPED}
-        ended = [
-            self._bare(one) != one or self._bare(other) != other for one, other in zip(chosen, rejected, strict=True)
-        ]
+        ended = [any(self._bare(text) != text for text in sides) for sides in zip(chosen, rejected, strict=True)]
         report |= {name: sum(found) for name, found in {"thinking": thinking, "end_token": ended}.items() if any(found)}
         if lengths:
             report |= {"median_tokens": int(np.median(lengths)), "longest_tokens": max(lengths)}
         if not kept.any():
             seen = f"pairs have {min(lengths)} to {max(lengths)} tokens. " if lengths else ""
-            seen += f"Row 1: {problems[0].words}. " if problems else ""
+            seen += f"Row 1: {bad[0]}. " if bad else ""
             limit = f"with max_length={self.max_length}: {seen}Raise it, or load shorter pairs with max_chars."
             raise PreferenceError(f"no pair of {len(rows)} can be used {limit}")
         names = pairs["prompt_id"] if "prompt_id" in pairs else pairs["prompt"].map(prompt_id)
@@ -288,21 +280,10 @@ class Formatter:
         return digest(json.dumps(content, sort_keys=True))
 
 
-def _unless(make, prompt, *rest):
-    """What ``make`` makes of a conversation, or the Unusable that it raises or that an earlier step left."""
-    try:
-        return next((x for x in rest if isinstance(x, Unusable)), None) or make(prompt, *rest)
-    except Unusable as refused:
-        return refused
-
-
-def _text(found):
-    return found if isinstance(found, str) else ""
-
-
 def _usable(result):
+    """The result of a step; PreferenceError where it is an Unusable."""
     if isinstance(result, Unusable):
-        raise result
+        raise PreferenceError(f"cannot be formatted: {result}. Leave it out, mend it or raise max_length.") from result
     return result
 
 

@@ -7,7 +7,8 @@ from itertools import product
 import pandas as pd
 
 from alignlens.core.errors import PreferenceError
-from alignlens.preferences.rows import COMPLETIONS, LABELS, PAIRS, BadRow, cell, is_blank
+from alignlens.preferences.prompts import Unusable, refuse_if
+from alignlens.preferences.rows import COMPLETIONS, LABELS, PAIRS, cell, is_blank
 
 PROMPTS = ("prompt", "instruction", "question", "query", "input", "conversations", "conversation", "messages")
 CONTEXT = {"system": ("system", "system_prompt"), "history": ("history",), "input": ("input",)}
@@ -62,8 +63,8 @@ class Layout:
         self._columns = {_word(column): column for column in reversed(columns)}
         self.fields, self._pick, self._picked = PAIRS, None, ()
         better, answers, scores = (self._first(names) for names in (BETTER, SEVERAL, SCORES))
-        names = next((names for names in ANSWERS if self._columns.keys() >= set(names)), ())
-        two = next(([*map(self._columns.get, names)] for names in TWO if self._columns.keys() >= set(names)), None)
+        names = next((names for names in ANSWERS if self._columns.keys() >= {*names}), ())
+        two = next(([*map(self._columns.get, names)] for names in TWO if self._columns.keys() >= {*names}), None)
         if names:
             self.fields = COMPLETIONS if names[1] in KTO else PAIRS
         elif two and better:
@@ -93,14 +94,13 @@ class Layout:
         return f"no column {missing}; it has {', '.join(columns)}. {advice}"
 
     def cells(self, row):
-        if not isinstance(row, dict):
-            raise BadRow("broken_json", None, "is not a JSON object with named fields")
+        refuse_if(not isinstance(row, dict), "is not a JSON object with named fields", kind="broken_json")
         for word, column in self._columns.items():
-            value = row.get(column)
-            if (bad := FLAGS.get(word.removeprefix("is_"))) is not None and LABELS.get(_word(value)) == bad:
-                raise BadRow("invalid", column, f"is {value}: the file itself does not count this row")
-            if word in BETTER and (TIES.match(_word(value)) or (word == STRENGTH and _number(value) == 0)):
-                raise BadRow("tie", column, f"is {value}: no answer is preferred")
+            value, said = row.get(column), _word(row.get(column))
+            if LABELS.get(said) == FLAGS.get(word.removeprefix("is_"), "no flag"):
+                raise Unusable(f"is {value}: the file itself does not count this row", column, "invalid")
+            if word in BETTER and (TIES.match(said) or (word == STRENGTH and _number(value) == 0)):
+                raise Unusable(f"is {value}: no answer is preferred", column, "tie")
         found = {field: cell(row.get(column), field, field == "history") for field, column in self._places.items()}
         if any(isinstance(row.get(c), str) and found[field] is not row[c] for field, c in self._places.items()):
             found["spelled"] = True
@@ -132,12 +132,11 @@ def _better_of_two(row, one, other, column):
     value, ends = row.get(column), [one[-1].lower(), other[-1].lower()]
     end = re.split("[^a-z0-9]+", _word(value))[-1]
     if (number := _number(value)) is not None:
-        if ends == ["1", "2"] and number in (0, 1.5):
-            raise BadRow("tie", column, f"is {value}: no answer is preferred")
+        tied = ends == ["1", "2"] and number in (0, 1.5)
+        refuse_if(tied, f"is {value}: no answer is preferred", column, "tie")
         end = ends[number > 0] if _word(column) == STRENGTH else str(round(number))
-    if end not in ends:
-        raise BadRow("label", column, f"is {value!r}, which names neither {one} nor {other}")
-    found = [cell(row.get(one), one), cell(row.get(other), other)]
+    refuse_if(end not in ends, f"is {value!r}, which names neither {one} nor {other}", column, "label")
+    found = [cell(row.get(name), name) for name in (one, other)]
     return found if end == ends[0] else found[::-1]
 
 
@@ -145,28 +144,24 @@ def _best_and_worst(row, answers, scores):
     """(chosen, rejected) of a list of answers by the list of their scores."""
     texts, values = (cell(row.get(name), name, True) for name in (answers, scores))
     values = [_number(value) for value in values] if isinstance(values, list) else []
-    if not isinstance(texts, list) or len(texts) != len(values) or len(texts) < 2 or None in values:
-        raise BadRow("label", scores, f"is not a list of as many numbers as there are {answers}, two or more")
-    best, worst = values.index(max(values)), values.index(min(values))
-    if best == worst:
-        raise BadRow("tie", scores, "are all equal: no answer is preferred")
-    return texts[best], texts[worst]
+    fit = isinstance(texts, list) and len(texts) == len(values) > 1 and None not in values
+    refuse_if(not fit, f"is not a list of as many numbers as there are {answers}, two or more", scores, "label")
+    refuse_if(len(set(values)) == 1, "are all equal: no answer is preferred", scores, "tie")
+    return [texts[values.index(end(values))] for end in (max, min)]
 
 
 def judge_labels(pairs, columns, report):
     """Count the pairs whose own scores contradict them or are equal, and name the columns about that."""
-    against, equal, seen = pd.Series(False, pairs.index), pd.Series(False, pairs.index), []
+    gaps, seen = pd.DataFrame(index=pairs.index), []
     for column in pairs.columns:
         names = [column.replace("chosen", other) for other in ("rejected", "reject") if "chosen" in column]
         twin = next((name for name in names if name in pairs and OWN_SCORE.search(column.lower())), None)
         if twin or _word(column) == "margin":
-            gap = _numbers(pairs[column]) - (_numbers(pairs[twin]) if twin else 0)
-            against, equal, seen = against | (gap < 0), equal | (gap == 0), [*seen, column, twin or column]
+            one, *other = (pd.Series(map(_number, pairs[name]), pairs.index, float) for name in (column, twin) if name)
+            gaps[column] = one - (other[0] if other else 0)
+            seen += [column, twin or column]
     seen += [column for column in columns if SURE & {*re.split("[^a-z]+", _word(column))}]
     if seen:
+        against, equal = (gaps < 0).any(axis=1), (gaps == 0).any(axis=1)
         report |= {"scores_contradict": int(against.sum()), "scores_equal": int((equal & ~against).sum())}
         report["label_columns"] = ", ".join(dict.fromkeys(seen))
-
-
-def _numbers(column):
-    return pd.Series([_number(value) for value in column], column.index, dtype=float)

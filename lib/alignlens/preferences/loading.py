@@ -7,11 +7,12 @@ import pandas as pd
 
 from alignlens.core.errors import PreferenceError
 from alignlens.preferences.layouts import Layout, judge_labels
-from alignlens.preferences.prompts import prompt_id, require_count
+from alignlens.preferences.prompts import Unusable, attempt, prompt_id, require_count
 from alignlens.preferences.reading import read_source
-from alignlens.preferences.rows import COMPLETIONS, BadRow, Reader
+from alignlens.preferences.rows import COMPLETIONS, Reader
 
 COLUMNS = ["prompt", "chosen", "rejected", "prompt_id"]
+PLACE, RANK = "\x1eplace", "\x1erank"  # names that no column of a file has
 
 
 def load_pairs(source, *, limit=None, max_chars=None, split="train", on_bad="refuse"):
@@ -19,42 +20,39 @@ def load_pairs(source, *, limit=None, max_chars=None, split="train", on_bad="ref
 
     source : a .jsonl, .json, .csv, .tsv or .parquet file (also as .gz, .bz2, .xz), a folder of them or one that
     ``datasets`` saved, a glob, a list of files or of dicts, a DataFrame, a ``Dataset``, or a hub id (``org/name`` or
-    ``org/name@revision``). Columns: ``prompt, chosen, rejected`` or ``prompt, completion, label``, or another of the
-    ``layouts``.
-    Texts are strings or message lists, also as JSON or Python text. Both answers must have one prompt; turns that they
-    repeat of it are taken off, or stand in for a missing one. Conversations are compared at the first assistant turn in
-    which they differ, and what follows is left off. A text is a dialogue ("Human: ... Assistant: ..."), or begins with
-    its prompt, which is taken off, only if most rows of the file do so. A list of rejected answers makes one pair each.
-    Labelled completions (KTO) are paired within their prompt, desirable with undesirable in the order of a content
-    hash, each used at most once; their extra columns come twice, ``*_chosen`` and ``*_rejected``.
+    ``org/name@revision``), with columns ``prompt, chosen, rejected``, or ``prompt, completion, label``, or of another
+    of the ``layouts``. Texts are strings or message lists, also as JSON or Python text. Both answers must have one
+    prompt; turns that they repeat of it are taken off, or stand in for a missing one. Conversations are compared at the
+    first assistant turn in which they differ, and what follows is left off. A text is a dialogue ("Human: ...
+    Assistant: ..."), or begins with its prompt, only if most rows of the file do so. A list of rejected answers makes
+    one pair each. Labelled completions (KTO) are paired within their prompt, desirable with undesirable in the order of
+    a content hash, each used at most once; their extra columns come twice, ``*_chosen`` and ``*_rejected``.
     limit : at most this many pairs, as whole prompts in the order of ``prompt_id`` (a hash), so that a smaller limit
     gives a subset. max_chars : pairs with a longer prompt (all its turns) or answer are dropped. split : of a data set,
     or of a folder whose file names tell it; the only one if there is one.
     on_bad : "refuse" raises on unusable rows, among them those that the file marks as invalid or tied; "drop" leaves
     them out and counts them. Pairs whose own scores contradict them or are equal are kept and counted.
-    Returns ``prompt, chosen, rejected, prompt_id``, then the extra columns, in file order. ``attrs["report"]`` counts
-    what was dropped and why, and what was done to read the file (keys in ``NOTED``; see ``describe_report``). Exact
-    duplicates are dropped; contradictory pairs (the same two answers, swapped) are kept and counted. Raises
-    PreferenceError naming source, row (line of a .jsonl) and field."""
+    Returns ``prompt, chosen, rejected, prompt_id``, then the extra columns, in file order, without exact duplicates.
+    ``attrs["report"]`` counts what was dropped and why, and what was done to read the file (keys in ``NOTED``; see
+    ``describe_report``). Raises PreferenceError naming source, row (line of a .jsonl) and field."""
     require_count(limit, "limit")
     require_count(max_chars, "max_chars")
     if on_bad not in ("refuse", "drop"):
         raise PreferenceError(f"on_bad={on_bad!r}: choose 'refuse' or 'drop'.")
-    name, rows = read_source(source, split)
-    layout = Layout(name, [row for _, row in rows])
-    cells = [_try(layout.cells, row) for _, row in rows]
+    name, places, rows = read_source(source, split)
+    layout = Layout(name, rows)
+    cells = [attempt(layout.cells, row) for row in rows]
     reader = Reader(layout.fields, [cell for cell in cells if isinstance(cell, dict)])
-    read = [_try(reader.read, cell) for cell in cells]
-    problems = [(place, bad) for (place, _), bad in zip(rows, read, strict=True) if isinstance(bad, BadRow)]
+    read = [attempt(reader.read, cell) for cell in cells]
+    problems = [(place, bad) for place, bad in zip(places, read, strict=True) if isinstance(bad, Unusable)]
     if problems and on_bad == "refuse":
         shown = "; ".join(f"{place}, {bad}" for place, bad in problems[:5])
         advice = "Mend them, or pass on_bad='drop' to leave them out and count them."
         raise PreferenceError(f"{name}: {len(problems)} of {len(rows)} rows cannot be used. {shown}. {advice}")
-    bad, done, records = Counter(f"bad_{problem.kind}" for _, problem in problems), Counter(), []
-    for (_, row), found in zip(rows, read, strict=True):
-        if not isinstance(found, BadRow):
-            records += [pair | {column: row.get(column) for column in layout.others} for pair in found[0]]
-            done.update(found[1])
+    usable = [(row, *found) for row, found in zip(rows, read, strict=True) if not isinstance(found, Unusable)]
+    records = [pair | {other: row.get(other) for other in layout.others} for row, found, _ in usable for pair in found]
+    bad = Counter(f"bad_{problem.kind}" for _, problem in problems)
+    done = Counter(note for *_, notes in usable for note in notes)
     report = {"source": name, "rows": len(rows), **dict(sorted(bad.items())), **dict(sorted(done.items()))}
     if words := layout.words:
         report["columns_read"] = words
@@ -71,14 +69,6 @@ def load_pairs(source, *, limit=None, max_chars=None, split="train", on_bad="ref
     return pairs
 
 
-def _try(step, row):
-    """A step of reading a row, or the BadRow that it met there or before."""
-    try:
-        return row if isinstance(row, BadRow) else step(row)
-    except BadRow as bad:
-        return bad
-
-
 def _drop(rows, bad, name, report):
     """Rows without the bad ones, which are counted under a name."""
     report[name] = int(bad.sum())
@@ -89,18 +79,16 @@ def _pair_completions(rows, report):
     """Pairs from labelled completions, within a prompt, each completion used once, in the order of a content hash."""
     rows = _drop(rows, rows.duplicated(["prompt_id", "completion", "label"]), "repeated_completion", report)
     rows = _drop(rows, rows.duplicated(["prompt_id", "completion"], keep=False), "both_labels", report)
-    # names that no column of a file has
-    place, order, rank = "\x1eplace", "\x1eorder", "\x1erank"
-    rows = rows.rename_axis(place).reset_index()
-    rows[order] = [hashlib.blake2b(text.encode()).hexdigest() for text in rows["completion"]]
-    rows = rows.sort_values([order, place])
-    rows[rank] = rows.groupby(["prompt_id", "label"]).cumcount()
-    good, bad = (rows[rows["label"] == label].drop(columns=["label", order]) for label in (True, False))
-    pairs = good.merge(bad, on=["prompt_id", rank], suffixes=("_chosen", "_rejected")).sort_values(f"{place}_chosen")
+    rows = rows.assign(**{PLACE: range(len(rows))})
+    order = rows["completion"].map(lambda text: hashlib.blake2b(text.encode()).hexdigest())
+    rows = rows.loc[order.sort_values(kind="stable").index]
+    rows[RANK] = rows.groupby(["prompt_id", "label"]).cumcount()
+    good, bad = (rows[rows["label"] == label].drop(columns="label") for label in (True, False))
+    pairs = good.merge(bad, on=["prompt_id", RANK], suffixes=("_chosen", "_rejected")).sort_values(f"{PLACE}_chosen")
     report["prompts_with_one_label"] = int(rows["prompt_id"].nunique() - pairs["prompt_id"].nunique())
     report["unpaired_completion"] = len(rows) - 2 * len(pairs)
     names = {"prompt_chosen": "prompt", "completion_chosen": "chosen", "completion_rejected": "rejected"}
-    return pairs.rename(columns=names).drop(columns=[rank, "prompt_rejected", f"{place}_chosen", f"{place}_rejected"])
+    return pairs.rename(columns=names).drop(columns=[RANK, "prompt_rejected", f"{PLACE}_chosen", f"{PLACE}_rejected"])
 
 
 def _select(pairs, limit, max_chars, report):

@@ -13,6 +13,28 @@ SPLITS = ("train", "reward", "measure")
 TURN, CONTENT = "\x1e", "\x1f"  # ASCII record and unit separators: they do not occur in written text
 
 
+class Unusable(PreferenceError):
+    """Why one row cannot be used, the field if it is one, and of which kind (counted in the report) that is."""
+
+    def __init__(self, words, field=None, kind="turns"):
+        super().__init__(f"field {field!r}: {words}" if field else words)
+        self.kind = kind
+
+
+def refuse_if(found, words, field=None, kind="turns"):
+    """Raise Unusable where a problem was found."""
+    if found:
+        raise Unusable(words, field, kind)
+
+
+def attempt(step, *given):
+    """What a step makes of one row, or the Unusable that it raises or that an earlier step left."""
+    try:
+        return next((one for one in given if isinstance(one, Unusable)), None) or step(*given)
+    except Unusable as refused:
+        return refused
+
+
 def join_turns(messages):
     """One string for ``{"role", "content"}`` turns; a single user turn is its own text. ``turns`` undoes it."""
     if len(messages) == 1 and messages[0]["role"] == "user":

@@ -1,7 +1,6 @@
 """From a source (file, folder, glob, hub data set, table, list) to its rows, each with the place that names it."""
 
 import bz2
-import codecs
 import glob
 import gzip
 import io
@@ -18,18 +17,23 @@ import pyarrow
 import pyarrow.parquet
 
 from alignlens.core.errors import PreferenceError
+from alignlens.core.hub import asked_once
 from alignlens.preferences.layouts import TEXT_COLUMNS
-from alignlens.preferences.rows import BadRow
+from alignlens.preferences.prompts import Unusable
 
 UNPACK = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "eval": "test"}
-SPLIT_WORDS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+SPLIT_FORMS = {"train(ing)?": "train", "test|eval": "test", "val(id(ation)?)?|dev": "validation"}  # in files' names
+
+
+def _datasets():
+    import datasets  # noqa: PLC0415  slow to import, and needed for few sources
+
+    return datasets
 
 
 def _read_json(content):
     """A list of objects, one object that may hold the list, or one object a line."""
-    wide = content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # as spreadsheets on Windows write
-    text = io.TextIOWrapper(io.BytesIO(content), "utf-16" if wide else "utf-8-sig").read()
+    text = content.decode(json.detect_encoding(content))  # spreadsheets on Windows write UTF-16
     try:
         found = json.loads(text)
     except ValueError:
@@ -47,7 +51,7 @@ def _read_line(line):
         return json.loads(line)
     except (ValueError, RecursionError) as error:  # ValueError also of a number of thousands of digits
         words = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-        return BadRow("broken_json", None, f"broken JSON ({words})")
+        return Unusable(f"broken JSON ({words})", kind="broken_json")
 
 
 def _read_csv(content, separator=","):
@@ -63,24 +67,20 @@ def _read_parquet(content):
     table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
     if b'"Json"' not in (table.schema.metadata or {}).get(b"huggingface", b""):
         return table.to_pandas()
-    import datasets  # noqa: PLC0415  slow to import; it alone reads back what its JSON columns hold
-
-    return datasets.Dataset(table).to_pandas()
+    return _datasets().Dataset(table).to_pandas()  # it alone reads back what its JSON columns hold
 
 
 READERS = {
     ".jsonl": _read_json, ".json": _read_json, ".ndjson": _read_json, ".csv": _read_csv,
     ".tsv": lambda content: _read_csv(content, "\t"), ".parquet": _read_parquet,
 }  # fmt: skip
-SUFFIXES = tuple(READERS)
-ADVICE = f"Give a table, a {', '.join(SUFFIXES)} file (also as .gz, .bz2 or .xz), a folder or glob of them, or a hub id"
+ADVICE = f"Give a table, a {', '.join(READERS)} file (also as .gz, .bz2 or .xz), a folder or glob of them, or a hub id"
 
 
 def _suffix(path):
-    """The suffix in lower case without that of its packing, and what opens the file."""
-    name = Path(str(path).lower())
-    packed = name.suffix in UNPACK
-    return Path(name.stem).suffix if packed else name.suffix, UNPACK[name.suffix] if packed else open
+    """The suffix of a file in lower case, without that of its packing."""
+    path = Path(str(path).lower())
+    return Path(path.stem if path.suffix in UNPACK else path.name).suffix
 
 
 def is_local(source):
@@ -106,9 +106,9 @@ def _folder(path):
     splits = {}
     for file in sorted(path.rglob("*")):
         inside = str(file.relative_to(path)).lower()
-        if _suffix(file)[0] in READERS and not re.search(r"(^|/)(\.|dataset_info)", inside):
+        if _suffix(file) in READERS and not re.search(r"(^|/)(\.|dataset_info)", inside):
             words = re.findall("[a-z]+", inside)
-            split = next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "")
+            split = next((name for word in words for form, name in SPLIT_FORMS.items() if re.fullmatch(form, word)), "")
             splits.setdefault(split + "_prefs" * ("prefs" in words), []).append(file)
     if not splits:
         raise PreferenceError(f"the folder holds no file that can be read. {ADVICE}")
@@ -119,29 +119,33 @@ def _read_path(source, split):
     """The (place, row) list of a file; for any other path what it stands for: a data set, or a list of files."""
     path = Path(source).expanduser()
     if path.is_file():
-        suffix, opened = _suffix(path)
-        if suffix not in READERS:
+        if (suffix := _suffix(path)) not in READERS:
             raise PreferenceError(f"files that end in {path.suffix!r} cannot be read. {ADVICE}")
-        with opened(path, "rb") as file:
+        with UNPACK.get(path.suffix.lower(), open)(path, "rb") as file:
             return READERS[suffix](file.read())
-    saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
-    if path.is_dir() and not saved:
+    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return _datasets().load_from_disk(path)
+    if path.is_dir():
         return _one_split(_folder(path), split)
-    if not saved and (found := sorted(glob.glob(str(path), recursive=True))):
+    if found := sorted(glob.glob(str(path), recursive=True)):
         return found
-    if not saved and is_local(source):
-        raise PreferenceError(f"no such file. Give an existing {', '.join(SUFFIXES)} file or a hub id")
-    import datasets  # noqa: PLC0415  slow to import, and needed for data sets only
+    if is_local(source):
+        raise PreferenceError(f"no such file. Give an existing {', '.join(READERS)} file or a hub id")
+    return _read_hub(*source.partition("@")[::2], split)
 
-    if saved:
-        return datasets.load_from_disk(path)
-    name, _, revision = source.partition("@")
-    try:
-        return datasets.load_dataset(name, split=split, revision=revision or None)
-    except ValueError as error:
-        if f"{split}_prefs" not in str(error):  # as some call the pairs beside texts for fine-tuning
-            raise
-        return datasets.load_dataset(name, split=f"{split}_prefs", revision=revision or None)
+
+def _read_hub(name, revision, split):
+    with asked_once() as away:
+        try:
+            return _datasets().load_dataset(name, split=split, revision=revision or None)
+        except ValueError as error:
+            if f"{split}_prefs" not in str(error):  # as some call the pairs beside texts for fine-tuning
+                raise
+            return _datasets().load_dataset(name, split=f"{split}_prefs", revision=revision or None)
+        except OSError as error:
+            if not away:
+                raise
+            raise OSError(away) from error
 
 
 def _read(source, split):
@@ -150,9 +154,9 @@ def _read(source, split):
         source = _read_path(source, split)
     if hasattr(source, "to_pandas"):  # a Dataset, a polars or an Arrow table
         source = source.to_pandas()
-    if isinstance(source, Mapping) and not all(isinstance(values, list) for values in source.values()):
-        return _read(_one_split(source, split), split)
     if isinstance(source, Mapping):
+        if not all(isinstance(values, list) for values in source.values()):
+            return _read(_one_split(source, split), split)
         source = pd.DataFrame(dict(source))
     if isinstance(source, pd.DataFrame):
         if len(set(map(str, source.columns))) < len(source.columns):
@@ -169,21 +173,20 @@ def _read(source, split):
     return rows
 
 
-def _named(row):
-    """A row whose columns are called by text that can be written."""
-    named = isinstance(row, Mapping)
-    return {str(name).encode(errors="replace").decode(): value for name, value in row.items()} if named else row
-
-
 def read_source(source, split):
-    """The name of a source and (place, row) of each of its rows, a row being a dict, or a BadRow where it is broken.
+    """The name of a source, the places that name its rows, and the rows: dicts, or an Unusable where one is broken.
 
     Raises PreferenceError, which names the source, for what cannot be read."""
     name = str(source) if isinstance(source, str | Path) else type(source).__name__
     try:
-        return name, [(place, _named(row)) for place, row in _read(source, split)]
+        found = _read(source, split)
+        places, rows = [place for place, _ in found], [row for _, row in found]
     except PreferenceError as error:
         raise PreferenceError(f"{name}: {error}.") from error
     except Exception as error:  # readers and the hub raise many unrelated types; the user needs one clear sentence
         has = f"{ADVICE} whose data set has a split {split!r}."
         raise PreferenceError(f"{name}: cannot be read ({type(error).__name__}: {error}). {has}") from error
+    for number, row in enumerate(rows):
+        if isinstance(row, Mapping):  # its columns are called by text that can be written
+            rows[number] = {str(column).encode(errors="replace").decode(): value for column, value in row.items()}
+    return name, places, rows

@@ -1,4 +1,4 @@
-"""Reading rows: cells become turns, turns become pairs or labelled completions, or a ``BadRow`` says why not."""
+"""Reading rows: cells become turns, turns become pairs or labelled completions, or an ``Unusable`` says why not."""
 
 import ast
 import json
@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pandas as pd
 
-from alignlens.preferences.prompts import TURN, join_turns, turns
+from alignlens.preferences.prompts import TURN, Unusable, join_turns, refuse_if, turns
 
 # The fields of a row of pairs, or of labelled completions.
 PAIRS, COMPLETIONS = ("prompt", "chosen", "rejected"), ("prompt", "completion", "label")
@@ -21,14 +21,6 @@ SPELLED = (
 SPEAKER = "(Human|User|Assistant|System|HUMAN|USER|ASSISTANT|SYSTEM):"
 
 
-class BadRow(Exception):
-    """Why one row cannot be used: a kind (counted in the report), the field and the words for a person."""
-
-    def __init__(self, kind, field, words):
-        super().__init__(f"field {field!r}: {words}" if field else words)
-        self.kind = kind
-
-
 def is_blank(value):
     """Whether a cell holds nothing: no value, white space, or an empty list."""
     if isinstance(value, str | list):
@@ -37,39 +29,39 @@ def is_blank(value):
 
 
 def _text(value, field):
-    if is_blank(value) and not isinstance(value, str | list):
-        raise BadRow("missing", field, "is missing")
-    if not isinstance(value, str):
-        raise BadRow("not_text", field, f"is {type(value).__name__}, not text")
-    if not value.strip():
-        raise BadRow("empty", field, "is empty")
-    if re.search("[\ud800-\udfff]", value):  # JSON escapes can spell half a character, which no tokenizer takes
-        raise BadRow("not_text", field, "holds half a unicode character")
+    refuse_if(is_blank(value) and not isinstance(value, str | list), "is missing", field, "missing")
+    refuse_if(not isinstance(value, str), f"is {type(value).__name__}, not text", field, "not_text")
+    refuse_if(not value.strip(), "is empty", field, "empty")
+    # JSON escapes can spell half a character, which no tokenizer takes
+    refuse_if(re.search("[\ud800-\udfff]", value), "holds half a unicode character", field, "not_text")
     return value
 
 
-def _listed(value):
-    return [_listed(item) for item in value] if isinstance(value, list | tuple | np.ndarray) else value
+def _plain(value):
+    """A value, its arrays made lists at any depth."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [*map(_plain, value)] if isinstance(value, list | tuple | np.ndarray) else value
 
 
 def cell(value, field, lists=False):
-    """A cell, its arrays made lists, and read where its text spells messages (or any list, if ``lists``) in JSON or as
+    """A cell of lists and texts, and read where its text spells messages (or any list, if ``lists``) in JSON or as
     Python or numpy print them."""
-    if isinstance(value, list | tuple | np.ndarray):
+    if isinstance(value := _plain(value), list):
         return [cell(item, field) for item in value]
     if not isinstance(value, str) or not (re.match(SPELLED, value, re.DOTALL) or (lists and value.startswith("["))):
         return value
-    text = value.strip()
     try:
-        found, end = json.JSONDecoder().raw_decode(text)
-        found = found if end == len(text) else None  # an answer that begins with messages and goes on is a text
-    except (ValueError, RecursionError):
+        found = json.loads(value)
+    except (ValueError, RecursionError) as error:
+        if "Extra data" in str(error):  # an answer that begins with messages and goes on is a text
+            return value
         try:  # numpy prints no comma between messages
             between = r"""('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|\}\s+\{"""
-            found = ast.literal_eval(re.sub(between, lambda match: match[1] or "}, {", text))
-        except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+            found = ast.literal_eval(re.sub(between, lambda match: match[1] or "}, {", value.strip()))
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
             words = "begins like a message list, but is neither whole JSON nor as Python prints it (was it cut?)"
-            raise BadRow("turns", field, words) from error
+            raise Unusable(words, field) from error
     items = found if isinstance(found, list) else [found]
     return found if items and (lists or all(map(_is_message, items))) else value
 
@@ -92,36 +84,33 @@ def _is_message(value):
 
 def _turn(message, field, number):
     """One checked turn; None for a system turn that says nothing."""
-    if not (keys := _keys(message)):
-        raise BadRow("turns", field, f"message {number} is not a role and a content")
+    keys, words = _keys(message), f"message {number}"
+    refuse_if(not keys, f"{words} is not a role and a content", field)
     given, content = (message[key] for key in keys)
-    if (role := ROLES.get(str(given).strip().lower())) is None:
-        raise BadRow("turns", field, f"message {number} has the unknown role {given!r}")
-    if any(not is_blank(_listed(message.get(calls))) for calls in ("tool_calls", "function_call")):
-        raise BadRow("turns", field, f"message {number} calls a tool, and only text can be read")
-    if isinstance(content := _listed(content), list) and content:
+    role = ROLES.get(str(given).strip().lower())
+    refuse_if(role is None, f"{words} has the unknown role {given!r}", field)
+    calls = (message.get(name) for name in ("tool_calls", "function_call"))
+    refuse_if(not all(map(is_blank, calls)), f"{words} calls a tool, and only text can be read", field)
+    if isinstance(content, list) and content:
         parts = [part if isinstance(part, dict) else {"text": part} for part in content]
-        if other := next((kind for part in parts if (kind := part.get("type", "text")) != "text"), None):
-            raise BadRow("turns", field, f"message {number} holds a part of type {other!r}, and only text can be read")
+        other = next((kind for part in parts if (kind := part.get("type", "text")) != "text"), None)
+        refuse_if(other, f"{words} holds a part of type {other!r}, and only text can be read", field)
         texts = [part.get("text") for part in parts]
         content = "".join(text if isinstance(text, str) else _text(text, field) for text in texts)
-    if role == "system" and is_blank(content):
-        return None
-    return {"role": role, "content": _text(content, field)}
+    return None if role == "system" and is_blank(content) else {"role": role, "content": _text(content, field)}
 
 
 def _messages(value, field):
     """Checked turns of a message list, of one message, of the parts of one, or of a text."""
     if isinstance(value, dict) and "messages" in value:
-        value = _listed(value["messages"])
+        value = value["messages"]
     if isinstance(value, list) and value and not any(map(_keys, value)) and all(map(_is_message, value)):
         value = {"role": "user" if field == "prompt" else "assistant", "content": value}
     if not isinstance(value, list):
         told = turns if field == "prompt" else lambda text: [{"role": "assistant", "content": text}]
         value = [value] if _keys(value) else told(_text(value, field))
     found = [turn for number, message in enumerate(value, 1) if (turn := _turn(message, field, number))]
-    if not found:
-        raise BadRow("empty", field, "is an empty message list")
+    refuse_if(not found, "is an empty message list", field, "empty")
     return found
 
 
@@ -148,23 +137,22 @@ def _key(turn):
 
 def _conversation(prompt, answer, field):
     """The whole conversation, whether the answer repeats the prompt, its end, more than it, or nothing of it."""
+    asked, said = [*map(_key, prompt)], [*map(_key, answer)]
     if not prompt or answer[0]["role"] == "assistant":
         return prompt + answer
-    asked, said = [*map(_key, prompt)], [*map(_key, answer)]
     if any(said[start : start + len(asked)] == asked for start in range(len(said))):
         return answer
     for size in range(min(len(asked), len(said)), 0, -1):
         if asked[-size:] == said[:size]:
             return prompt[:-size] + answer
-    raise BadRow("turns", field, "repeats a prompt that differs from the other fields' prompt")
+    raise Unusable("repeats a prompt that differs from the other fields' prompt", field)
 
 
 def _in_context(told, cells, notes):
     """Turns with what other columns add: earlier turns, a system message, the input of an instruction."""
     history, system, given = (cells.get(name) for name in ("history", "system", "input"))
     if not is_blank(history):
-        if not isinstance(history, list):
-            raise BadRow("turns", "history", "is not a list of messages or of pairs of texts")
+        refuse_if(not isinstance(history, list), "is not a list of messages or of pairs of texts", "history")
         if all(isinstance(pair, list) and len(pair) == 2 for pair in history):
             texts = [text for pair in history for text in pair]
             history = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
@@ -181,41 +169,34 @@ def _in_context(told, cells, notes):
 
 def _parted(chosen, rejected, notes):
     """Prompt, chosen and rejected of two conversations, from the first turn in which they differ."""
-    keys = [[*map(_key, talk)] for talk in (chosen, rejected)]
-    shared = next((n for n, (one, other) in enumerate(zip(*keys, strict=False)) if one != other), None)
-    if shared is None and len(chosen) == len(rejected):
-        raise BadRow("equal", "rejected", "is equal to chosen")
-    if shared is None:
-        words = "one conversation is the beginning of the other: end both with the answers that are to be compared"
-        raise BadRow("turns", "rejected", words)
-    if not chosen[shared]["role"] == rejected[shared]["role"] == "assistant":
-        short, long = sorted((key[:-1] for key in keys), key=len)
-        if short == long[len(long) - len(short) :]:
-            words = "holds a system message or earlier turns that the other answer lacks: put them into the prompt"
-            raise BadRow("turns", PAIRS[1 + (len(rejected) > len(chosen))], words)
+    one, other = ([*map(_key, talk)] for talk in (chosen, rejected))
+    refuse_if(one == other, "is equal to chosen", "rejected", "equal")
+    shared = next((n for n, keys in enumerate(zip(one, other, strict=False)) if keys[0] != keys[1]), None)
+    words = "one conversation is the beginning of the other: end both with the answers that are to be compared"
+    refuse_if(shared is None, words, "rejected")
+    if not one[shared][0] == other[shared][0] == "assistant":
+        short, long = sorted((one[:-1], other[:-1]), key=len)
+        words = "holds a system message or earlier turns that the other answer lacks: put them into the prompt"
+        refuse_if(short == long[len(long) - len(short) :], words, PAIRS[1 + (len(other) > len(one))])
         words = f"parts from chosen at message {shared + 1}, where not both hold an answer: give both the same prompt"
-        raise BadRow("turns", "rejected", words)
-    if max(len(chosen), len(rejected)) > shared + 1:
+        raise Unusable(words, "rejected")
+    if max(len(one), len(other)) > shared + 1:
         notes.add("later_turns")
     return _asked(chosen[:shared]), chosen[shared]["content"], rejected[shared]["content"]
 
 
 def _completed(talk):
     """Prompt and completion of one conversation."""
-    if talk[-1]["role"] != "assistant":
-        raise BadRow("turns", "completion", "does not end with an assistant turn")
+    refuse_if(talk[-1]["role"] != "assistant", "does not end with an assistant turn", "completion")
     return _asked(talk[:-1]), talk[-1]["content"]
 
 
 def _asked(talk):
     """The prompt as one string; it must end with the user's turn."""
-    if not talk:
-        raise BadRow("missing", "prompt", "is missing")
-    if (role := talk[-1]["role"]) != "user":
-        raise BadRow("turns", "prompt", f"the prompt ends with a turn of role {role!r}, not 'user'")
-    for number, turn in enumerate(talk, 1):
-        if TURN in turn["content"]:
-            raise BadRow("turns", "prompt", f"message {number} holds the turn separator \\x1e")
+    refuse_if(not talk, "is missing", "prompt", "missing")
+    role, held = talk[-1]["role"], [TURN in turn["content"] for turn in talk]
+    refuse_if(role != "user", f"the prompt ends with a turn of role {role!r}, not 'user'", "prompt")
+    refuse_if(any(held), f"message {[*held, True].index(True) + 1} holds the turn separator \\x1e", "prompt")
     return join_turns(talk)
 
 
@@ -232,66 +213,56 @@ class Reader:
 
     def __init__(self, fields, rows):
         self.fields, self.answers = fields, [name for name in fields[1:] if name != "label"]
-        texts = [([row.get(name) for name in self.answers], row.get("prompt")) for row in rows]
-        texts = [(answers, prompt) for answers, prompt in texts if all(isinstance(answer, str) for answer in answers)]
-        asked = [(answers, prompt) for answers, prompt in texts if isinstance(prompt, str)]
-        self._dialogues = _most(all(map(_dialogue, answers)) for answers, _ in texts)
-        self._dialogue_prompts = _most(_dialogue(prompt) for _, prompt in asked)
-        self._repeated = _most(all(_rest(answer, prompt) for answer in answers) for answers, prompt in asked)
+        texts = [row for row in rows if all(isinstance(row.get(name), str) for name in self.answers)]
+        asked = [row for row in texts if isinstance(row.get("prompt"), str)]
+        told = _most(all(_dialogue(row[name]) for name in self.answers) for row in texts)
+        self._told = dict.fromkeys(self.answers, told) | {"prompt": _most(_dialogue(row["prompt"]) for row in asked)}
+        self._repeated = _most(all(_rest(row[name], row["prompt"]) for name in self.answers) for row in asked)
 
     def read(self, cells):
         """(what a row holds, as dicts of the fields of its shape; names of what was done to read it)."""
         notes, found = {"messages_spelled"} if "spelled" in cells else set(), []
         label = LABELS.get(str(cells.get("label")).strip().lower())
-        if "label" in self.fields and label is None:
-            raise BadRow("label", "label", f"is {cells.get('label')!r}, not true or false")
+        unread = label is None and "label" in self.fields
+        refuse_if(unread, f"is {cells.get('label')!r}, not true or false", "label", "label")
         *_, last = self.answers
         answers = cells.get(last)  # several rejected answers make several pairs
         several = isinstance(answers, list) and answers and not isinstance(answers[0], dict)
         for answer in answers if several else [answers]:
-            sides = {name: answer if name == last else cells.get(name) for name in self.answers}
-            talks = self._talks(cells, sides, notes)
-            texts = _parted(*talks, notes) if len(talks) == 2 else _completed(*talks)
+            talk, *other = self._talks(cells | {last: answer}, notes)
+            texts = _parted(talk, *other, notes) if other else _completed(talk)
             found.append(dict(zip(self.fields, (*texts, label), strict=False)))
         return found, notes
 
-    def _talks(self, cells, sides, notes):
+    def _talks(self, cells, notes):
         """The whole conversation that each answer ends."""
-        prompt = self._prompt(cells.get("prompt"), notes)
+        sides = {name: cells.get(name) for name in self.answers}
+        prompt = [] if is_blank(cells.get("prompt")) else self._turns(cells["prompt"], "prompt", notes)
         if self._repeated and len(prompt) == 1 and all(isinstance(answer, str) for answer in sides.values()):
             rests = {name: _rest(answer, prompt[0]["content"]) for name, answer in sides.items()}
             if all(rests.values()):
                 notes.add("prompt_taken_off")
                 sides = rests
-        said = {name: self._said(answer, name, notes) for name, answer in sides.items()}
+        said = {name: self._turns(answer, name, notes) for name, answer in sides.items()}
         opened = {name: talk for name, talk in said.items() if talk[0]["role"] != "assistant"}
-        if not prompt and not opened:
-            _messages(cells.get("prompt"), "prompt")  # says what is wrong with it
         if prompt:
             prompt = _in_context(prompt, cells, notes)
-        elif opened:
-            opened = {name: _in_context(talk, cells, notes) for name, talk in opened.items()}
-        if not prompt and len(opened) < len(said):  # the other answer stands alone
-            notes.add("one_sided")
-            [talk] = opened.values()
-            prompt = talk[: max(n for n, turn in enumerate(talk) if turn["role"] == "assistant")]
-        return [_conversation(prompt, talk, name) for name, talk in (said | opened).items()]
+        elif not opened:
+            _messages(cells.get("prompt"), "prompt")  # says what is wrong with it
+        else:
+            said |= {name: _in_context(talk, cells, notes) for name, talk in opened.items()}
+            if len(opened) < len(said):  # the other answer stands alone
+                notes.add("one_sided")
+                [name] = opened
+                prompt = said[name][: max(n for n, turn in enumerate(said[name]) if turn["role"] == "assistant")]
+        return [_conversation(prompt, talk, name) for name, talk in said.items()]
 
-    def _prompt(self, given, notes):
-        """The prompt's turns, none where it is not given."""
-        if is_blank(given):
-            return []
-        if not (self._dialogue_prompts and (told := _dialogue(given))):
-            return _messages(given, "prompt")
-        notes.add("dialogue_text")
-        return _messages(told[:-1] if told[-1]["content"] == "" else told, "prompt")
-
-    def _said(self, answer, field, notes):
-        """The turns of an answer: the conversation that it repeats and its own, or its own alone."""
-        if self._dialogues and (told := _dialogue(answer)):
+    def _turns(self, value, field, notes):
+        """The turns of a prompt or of an answer, which may hold the conversation before it too."""
+        if self._told[field] and (told := _dialogue(value)):
             notes.add("dialogue_text")
-            answer = told
-        told = _messages(answer, field)
-        if not any(turn["role"] == "assistant" for turn in told):
-            raise BadRow("turns", field, "does not end with an assistant turn")
-        return told
+            value = told[:-1] if field == "prompt" and told[-1]["content"] == "" else told
+        found = _messages(value, field)
+        answers = field == "prompt" or any(turn["role"] == "assistant" for turn in found)
+        refuse_if(not answers, "does not end with an assistant turn", field)
+        return found
