@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ from alignlens.dictionaries import latents
 from alignlens.preferences import tinyworld
 from alignlens.published import sparc
 from alignlens.study.measuring import read_dictionary, read_tokens
-from alignlens.study.stages import Stage
+from alignlens.study.stages import STAGES, Stage
 from alignlens.study.variants import TEXTS
 
 POOLED = 4  # a pooled dictionary sees this many times the tokens of one model, in equal parts from all its models
@@ -26,8 +27,8 @@ CALIBRATION_EPOCHS = {"alignlens": 8, "l1": 4, "published": 1}
 class _Dictionary(Stage):
     """What autoencoders and crosscoders have in common.
 
-    Subclasses say which models and layers they read, and how streams (one array and one mask of tokens a model) become
-    the rows to train on, by stream, and the mask of all tokens that were kept."""
+    Subclasses say which models and layers they read, and how streams (an array and a mask of tokens a model) become the
+    rows to train on, by stream, and the mask of all tokens that were kept."""
 
     kind, group, ships, after = "dictionary", "dictionaries", True, ("variant", "random")
 
@@ -46,10 +47,8 @@ class _Dictionary(Stage):
         return {"config": config, "layers": self.layers(s, *args), "seed": self.seed(*args)}
 
     def _config(self, s, *args):
-        p = s.preset
-        return dictionaries.Config(
-            width=p.dictionary_width, k=p.dictionary_k, epochs=p.dictionary_epochs, seed=self.seed(*args)
-        )
+        p, seed = s.preset, self.seed(*args)
+        return dictionaries.Config(width=p.dictionary_width, k=p.dictionary_k, epochs=p.dictionary_epochs, seed=seed)
 
     def _tokens(self, s, model, *args) -> tuple:
         return model, "train", s.dictionary_layers(model.family), self.limit(s, *args)
@@ -110,7 +109,7 @@ class Crosscoder(_Dictionary):
         return pairs + [windowed(s, family) for family in s.families]
 
     def label(self, s, first, second, window=False):
-        return f"{first.label}-vs-{second.label}{'-window' if window else ''}"
+        return super().label(s, first, second) + ("-window" if window else "")
 
     def models(self, s, first, second, window=False):
         return [first, second]
@@ -141,8 +140,7 @@ class Latents(Stage):
     name, after = "latents", ("variant", "random", "sae")
 
     def wanted(self, s):
-        null = [v for f in s.families for name, _, v in s.comparisons(f) if name == "random"]
-        return [(v,) for v in [*s.variants(), *null]]
+        return super().wanted(s) + STAGES["random"].wanted(s)
 
     def inputs(self, s, variant):
         saes = {f"sae {layer}": s.key("sae", variant.family, layer, 0) for layer in s.dictionary_layers(variant.family)}
@@ -188,11 +186,10 @@ def _spliced_loss(s, variant, layer, dictionary, tokens) -> dict[str, float]:
     def rebuilt(x):
         return torch.from_numpy(dictionary.reconstruct({"pooled": x.cpu().numpy()})["pooled"])
 
-    table = activations.spliced_loss(
-        activations.bridge(s.load(variant)[0], own=True), s.format(variant.family),
-        s.measured(variant.family).head(SPLICED_PAIRS), layer,
-        {"clean": None, "dictionary": rebuilt, "mean": lambda x: mean.expand_as(x)}, batch_size=s.preset.read_batch,
-    )  # fmt: skip
+    bridged, pairs = activations.bridge(s.load(variant)[0], own=True), s.measured(variant.family).head(SPLICED_PAIRS)
+    instead = {"clean": None, "dictionary": rebuilt, "mean": lambda x: mean.expand_as(x)}
+    format, batch_size = s.format(variant.family), s.preset.read_batch
+    table = activations.spliced_loss(bridged, format, pairs, layer, instead, batch_size=batch_size)
     sums = table.assign(total=table.loss * table.tokens).groupby("replacement")[["total", "tokens"]].sum()
     loss = sums.total / sums.tokens
     recovered = (loss["mean"] - loss["dictionary"]) / max(loss["mean"] - loss["clean"], 1e-9)
@@ -213,9 +210,6 @@ class PublishedCrosscoder(Stage):
     def wanted(self, s):
         return [tuple(pair) for family in s.families for _, *pair in s.comparisons(family)]
 
-    def label(self, s, first, second):
-        return f"{first.label}-vs-{second.label}"
-
     def inputs(self, s, first, second):
         return {"first": s.weights(first), "second": s.weights(second), "pairs": content_hash(self._pairs(s)[TEXTS])}
 
@@ -231,13 +225,10 @@ class PublishedCrosscoder(Stage):
         return pairs.head(s.preset.published_pairs).reset_index(drop=True)
 
     def make(self, s, folder, first, second):
-        streams = {}
-        for name, variant in zip(sparc.STREAMS, (first, second), strict=True):
-            model, tokenizer = s.load(variant)
-            streams[name] = activations.read(
-                model, tokenizer, self._pairs(s), layers=[s.crosscoder_layer(first.family)], position="prompt",
-                batch_size=s.preset.read_batch, formatter=s.format(variant.family), own=True,
-            ).chosen[:, 0]  # fmt: skip
+        options = s.reading(first.family) | {"layers": [s.crosscoder_layer(first.family)], "position": "prompt"}
+        models = (s.load(variant)[0] for variant in (first, second))
+        read = [activations.read(model, None, self._pairs(s), **options).chosen[:, 0] for model in models]
+        streams = dict(zip(sparc.STREAMS, read, strict=True))
         found = sparc.train(streams, self._config(s, first.family), device=s.device)
         table = sparc.classify(found, streams)
         tables = {"classes": table, "history": found.history}
@@ -256,16 +247,10 @@ class PublishedSae(Stage):
     Width 8 x d, k and steps in the published proportions to d and to the width."""
 
     name, group, title, ships = "published_sae", "dictionaries", "published autoencoder", True
-
-    def wanted(self, s):
-        return [(v,) for v in s.first_seeds()]
+    each = "first_seeds"
 
     def inputs(self, s, variant):
-        layer = self._layer(s, variant)
-        return {
-            "train": s.key("tokens", variant, "train", (layer,), s.preset.dictionary_tokens),
-            "held out": s.key("tokens", variant, "measure", (layer,)),
-        }
+        return {name: s.key("tokens", *args) for name, args in self._tokens(s, variant).items()}
 
     def parameters(self, s, variant):
         return {"config": dataclasses.asdict(self._config(s, variant)), "layer": self._layer(s, variant)}
@@ -274,14 +259,18 @@ class PublishedSae(Stage):
         table = s.probes(variant).table("published.parquet")
         return int(table.layer[table.auroc.idxmax()])
 
+    def _tokens(self, s, variant) -> dict[str, tuple]:
+        layers = (self._layer(s, variant),)
+        train = variant, "train", layers, s.preset.dictionary_tokens
+        return {"train": train, "held out": (variant, "measure", layers)}
+
     def _config(self, s, variant):
         d = s.width(variant.family)
         return dictionaries.published(d, width=8 * d, k=max(2, round(64 * d / 2048)), batch_size=64, epochs=2)
 
     def make(self, s, folder, variant):
         layer = self._layer(s, variant)
-        train = s.tokens(variant, "train", (layer,), s.preset.dictionary_tokens)
-        held_out = s.tokens(variant, "measure", (layer,))
+        train, held_out = (s.tokens(*args) for args in self._tokens(s, variant).values())
         found = dictionaries.train({"pooled": train.at(layer)}, self._config(s, variant), device=s.device)
         streams = {"pooled": held_out.at(layer)}
         write_table(folder / "usage.parquet", latents.usage(found.codes(streams), held_out))
@@ -296,12 +285,10 @@ class Calibration(Stage):
 
     def wanted(self, s):
         """(regime, instrument, seed, samples) of the comparison of instruments, and of the curve over samples."""
-        p, out = s.preset, []
-        for regime in p.calibration_regimes:
-            for instrument in CALIBRATION_EPOCHS:
-                out += [(regime, instrument, seed, p.calibration_samples) for seed in range(p.calibration_seeds)]
-        fewer = [p.calibration_samples // share for share in (8, 4, 2)]
-        return out + [(r, "alignlens", seed, n) for r in p.calibration_regimes for n in fewer for seed in (0, 1)]
+        p, n = s.preset, s.preset.calibration_samples
+        all_seeds, fewer = range(p.calibration_seeds), [n // share for share in (8, 4, 2)]
+        out = product(p.calibration_regimes, CALIBRATION_EPOCHS, all_seeds, [n])
+        return [*out, *((r, "alignlens", seed, n) for r, n, seed in product(p.calibration_regimes, fewer, (0, 1)))]
 
     def label(self, s, regime, instrument, seed, samples):
         return f"{regime}-{instrument}-{samples}-seed{seed}"
@@ -310,7 +297,5 @@ class Calibration(Stage):
         epochs = CALIBRATION_EPOCHS[instrument]
         return {"regime": regime, "instrument": instrument, "seed": seed, "samples": samples, "epochs": epochs}
 
-    def make(self, s, folder, regime, instrument, seed, samples):
-        epochs = CALIBRATION_EPOCHS[instrument]
-        table = calibration.run(regime, seed, instrument, samples=samples, epochs=epochs)
-        write_table(folder / "score.parquet", table)
+    def make(self, s, folder, *args):
+        write_table(folder / "score.parquet", calibration.run(**self.parameters(s, *args)))

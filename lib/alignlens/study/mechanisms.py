@@ -17,6 +17,8 @@ from alignlens.published import sparc
 from alignlens.study import Study, Variant, features
 from alignlens.study.tables import collect, reference_layers
 
+QUALITY = ("r2", "dead_published", "dead_share")  # of the published crosscoder
+
 
 @dataclasses.dataclass
 class LatentReader:
@@ -26,17 +28,15 @@ class LatentReader:
     tokens: object
     tokenizer: object
 
-    def examples(self, latent: int, *, before: int = 8, after: int = 3) -> pd.DataFrame:
+    def examples(self, latent: int) -> pd.DataFrame:
         """``latents.examples`` with text: the response around each token, the token itself in brackets."""
         table = latents.examples(self.codes, self.tokens, latent)
-        return table.assign(text=[self._around(i, before, after) for i in table["index"]])
+        return table.assign(text=[self._around(i) for i in table["index"]])
 
-    def _around(self, index: int, before: int, after: int) -> str:
+    def _around(self, index: int, before: int = 8, after: int = 3) -> str:
         ids, place = self.tokens.token_id, self.tokens.place
-        first = index - int(place[index])
-        later = np.flatnonzero(place[index + 1 :] == 0)
-        last = index + 1 + int(later[0]) if len(later) else len(place)
-        left, right = ids[max(first, index - before) : index], ids[index + 1 : min(last, index + 1 + after)]
+        left, right = ids[index - min(before, place[index]) : index], ids[index + 1 : index + 1 + after]
+        right = right[: np.append(place[index + 1 :][:after], 0).argmin()]  # the next response begins at place 0
         left, token, right = map(self.tokenizer.decode, (left, ids[index : index + 1], right))
         return f"{left}[{token}]{right}"
 
@@ -90,11 +90,9 @@ def published_classes(study: Study) -> pd.DataFrame:
             for kind in ("adaptive", "fixed"):
                 labels = table.label if kind == "adaptive" else sparc.labels(table, sparc.FIXED)
                 share = pd.Series(labels).value_counts(normalize=True)
-                row = {
-                    "family": family, "method": name, "thresholds": kind,
-                    "sharing": sparc.feature_sharing_ratio(table.assign(label=labels))["single_layer"],
-                    "fve": quality["fve_published"],
-                } | {n: quality[n] for n in ("r2", "dead_published", "dead_share")}  # fmt: skip
+                sharing = sparc.feature_sharing_ratio(table.assign(label=labels))["single_layer"]
+                row = {"family": family, "method": name, "thresholds": kind, "sharing": sharing}
+                row |= {"fve": quality["fve_published"]} | {n: quality[n] for n in QUALITY}
                 out += [row | {"class": n, "share": float(share.get(n, 0.0))} for n in sparc.CLASSES]
     return pd.DataFrame(out)
 
@@ -130,7 +128,6 @@ def pairs_needed(study: Study, shares=(0.2, 0.4, 0.6, 0.8, 1.0)) -> pd.DataFrame
     """The decomposition at the reference layer with fewer prompts: how many does it take to see a turned signal?
 
     One method (dpo, if there) and the nulls of each family: family, method, pairs, then ``geometry.decompose``."""
-    draws = {"folds": study.preset.folds, "bootstrap": study.preset.bootstrap}
     rows = []
     for family, layer in reference_layers(study).items():
         found = {name: pair for name, *pair in study.comparisons(family)}
@@ -141,7 +138,7 @@ def pairs_needed(study: Study, shares=(0.2, 0.4, 0.6, 0.8, 1.0)) -> pd.DataFrame
             for share in shares:
                 few = order < share * (order.max() + 1)
                 sides = (tuple(x[few][:, None] for x in model.at(layer)) for model in (first, second))
-                table = geometry.decompose(*sides, first.prompt_id[few], **draws).assign(layer=layer)
+                table = geometry.decompose(*sides, first.prompt_id[few], **study.draws).assign(layer=layer)
                 facts = {"family": family, "method": name, "pairs": int(few.sum())}
                 rows.append(pd.DataFrame(facts, table.index).join(table))
     return pd.concat(rows, ignore_index=True)

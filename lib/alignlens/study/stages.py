@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from alignlens.study.variants import Variant
+
 STAGES: dict[str, Stage] = {}
 
 
@@ -16,8 +18,9 @@ class Stage:
 
     name : attribute of the study that asks for it. version : raised by hand when results change. kind : folder in the
     store, by default the name. group : what ``Study.make_all`` calls it. title : in the progress bar. after : stages to
-    finish before its tasks run side by side. ships : whether ``Study.ship`` copies it. resumes : whether ``make`` goes
-    on after a kill, from ``Study.working``, and says there how far it is."""
+    finish before its tasks run side by side. each : the study's method that lists the models it is wanted of. fields :
+    of the preset, that are parameters. ships : whether ``Study.ship`` copies it. resumes : whether ``make`` goes on
+    after a kill, from ``Study.working``, and says there how far it is."""
 
     name: str
     version: int = 1
@@ -25,6 +28,8 @@ class Stage:
     group: str = ""
     title: str = ""
     after: tuple[str, ...] = ("variant",)
+    each: str = "variants"
+    fields: tuple[str, ...] = ()
     ships: bool = False
     resumes: bool = False
 
@@ -35,18 +40,18 @@ class Stage:
 
     def wanted(self, s) -> list[tuple]:
         """Arguments of all results that a whole study has."""
-        raise NotImplementedError
+        return [(variant,) for variant in getattr(s, self.each)()]
 
     def label(self, s, *args) -> str:
         """Names the artifact's folder, for readers only."""
-        return args[0].label
+        return "-vs-".join(arg.label for arg in args if isinstance(arg, Variant))
 
     def inputs(self, s, *args) -> dict[str, str]:
         """Name -> key of everything it is made from."""
         return {}
 
     def parameters(self, s, *args) -> dict:
-        return {}
+        return {name: getattr(s.preset, name) for name in self.fields}
 
     def make(self, s, folder: Path, *args) -> dict | None:
         """Write the files into the folder; returns small facts for the manifest."""

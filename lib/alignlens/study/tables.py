@@ -86,7 +86,11 @@ def probe_table(study: Study, name: str, *, base: bool = True) -> pd.DataFrame:
 def reference_layers(study: Study) -> dict[str, int]:
     """The layer at which all models of a family are shown side by side: where the base's grouped AUROC is highest."""
     grouped = {f: study.probes(Variant(f, "base")).table("grouped.parquet") for f in study.families}
-    return {family: int(table.layer[table.auroc.idxmax()]) for family, table in grouped.items()}
+    return {family: _best(table) for family, table in grouped.items()}
+
+
+def _best(table: pd.DataFrame) -> int:
+    return int(table.layer[table.auroc.idxmax()])
 
 
 def best_layers(study: Study) -> pd.DataFrame:
@@ -100,14 +104,10 @@ def best_layers(study: Study) -> pd.DataFrame:
         artifact = study.probes(variant)
         grouped, published = (artifact.table(f"{name}.parquet") for name in PROTOCOLS)
         row = {
-            "layer_published": int(published.layer[published.auroc.idxmax()]),
-            "auroc_published": published.auroc.max(),
-            "layer": int(grouped.layer[grouped.auroc.idxmax()]),
-            "auroc_grouped": grouped.auroc.max(),
-            "auroc_honest": _honest(study, variant),
-            "layer0_published": published.auroc.iloc[0],
-            "layer0_grouped": grouped.auroc.iloc[0],
-        }
+            "layer_published": _best(published), "auroc_published": published.auroc.max(), "layer": _best(grouped),
+            "auroc_grouped": grouped.auroc.max(), "auroc_honest": _honest(study, variant),
+            "layer0_published": published.auroc.iloc[0], "layer0_grouped": grouped.auroc.iloc[0],
+        }  # fmt: skip
         rows.append(dataclasses.asdict(variant) | row)
     return pd.DataFrame(rows)
 
@@ -156,15 +156,12 @@ def baselines(study: Study) -> pd.DataFrame:
             "bag of tokens": [bag.transform(side) for side in sides],
             "log-probability": [said.chosen_logprob.to_numpy(), said.rejected_logprob.to_numpy()],
         }
-        options = {"folds": study.preset.folds, "bootstrap": study.preset.bootstrap}
         for name, values in features.items():
-            rows[family, name] = probes.fit_features(*values, pairs.prompt_id.to_numpy(), **options)[names]
+            rows[family, name] = probes.fit_features(*values, pairs.prompt_id.to_numpy(), **study.draws)[names]
         grouped = study.probes(base).table("grouped.parquet")[names]
         rows |= {(family, "layer 0"): grouped.iloc[0], (family, "best layer"): grouped.loc[grouped.auroc.idxmax()]}
     return pd.DataFrame(rows).T.astype(float).rename_axis(["family", "baseline"]).reset_index()
 
-
-# --- one base, several sets of pairs ----------------------------------------------------------------------------------
 
 NOISE_DRAWS = 10  # one draw of few pairs can lie far from 0.5, so a floor is a mean
 
@@ -215,9 +212,9 @@ def contrast(study: Study) -> pd.DataFrame:
 
 def _with_leaks(study: Study, found, protocol: str) -> pd.DataFrame:
     """``probes.fit_layers`` of read activations, with the AUROC of leaked and of clean rows a layer."""
-    sides, options = (found.chosen, found.rejected, found.prompt_id), {"folds": study.preset.folds}
-    table = probes.fit_layers(*sides, protocol=protocol, bootstrap=study.preset.bootstrap, **options)
-    kept = probes.out_of_fold(*sides, protocol=protocol, **options)
+    sides = (found.chosen, found.rejected, found.prompt_id)
+    table = probes.fit_layers(*sides, protocol=protocol, **study.draws)
+    kept = probes.out_of_fold(*sides, protocol=protocol, folds=study.preset.folds)
     leaks = [probes.leak_check(kept.labels, s, kept.fold_ids, kept.pair_ids, bootstrap=0) for s in kept.scores]
     leaked = {name: [leak[name] for leak in leaks] for name in ("auroc_leaked", "auroc_clean")}
     return table.assign(layer=found.layers, protocol=protocol, **leaked)

@@ -25,7 +25,7 @@ RECIPE = (
 class Base(Stage):
     """A tiny base, trained from scratch on the tiny world's text."""
 
-    name, group, ships, after = "base", "bases", True, ()
+    name, group, ships, after, fields = "base", "bases", True, (), PRETRAINING
 
     def wanted(self, s):
         return [(f,) for f, base in s.preset.families.items() if base.startswith("tiny:")]
@@ -39,7 +39,7 @@ class Base(Stage):
 
     def parameters(self, s, family):
         architecture = s.preset.families[family].removeprefix("tiny:")
-        return {"architecture": architecture, "seed": 0} | {n: getattr(s.preset, n) for n in PRETRAINING}
+        return {"architecture": architecture, "seed": 0} | super().parameters(s)
 
     def make(self, s, folder, family):
         p, held_out = s.preset, s.split("measure").prompt if s.tiny_world else ()
@@ -70,11 +70,9 @@ class Reward(Stage):
         return dataclasses.asdict(recipe(s, "reward", seed))
 
     def make(self, s, folder, family, seed):
-        base = s.source(Variant(family, "base")).model
-        return align.train_reward(
-            folder, base, s.split("reward"), recipe(s, "reward", seed), device=s.device,
-            trust_remote_code=s.preset.trust_remote_code, resumable=s.working(self.name, family, seed),
-        )  # fmt: skip
+        base, kept = s.source(Variant(family, "base")).model, s.working(self.name, family, seed)
+        pairs, own = s.split("reward"), recipe(s, "reward", seed)
+        return align.train_reward(folder, base, pairs, own, resumable=kept, **s.placed)
 
 
 class Trained(Stage):
@@ -100,20 +98,16 @@ class Trained(Stage):
 
     def make(self, s, folder, variant):
         if s.preset.variants == "load":
-            raise AlignError(
-                f"variant {variant.label} is neither stored nor given as a checkpoint, and variants is 'load'; "
-                "use variants 'auto' to train it, or name it in checkpoints"
-            )
+            cure = "use variants 'auto' to train it, or name it in checkpoints"
+            missing = "is neither stored nor given as a checkpoint, and variants is 'load'"
+            raise AlignError(f"variant {variant.label} {missing}; {cure}")
         base, reward = s.source(variant.base).model, None
         if variant.method in align.ONLINE:
-            reward = _true_utility
-            if s.preset.reward == "model":
-                adapter = s.reward_model(variant.family, variant.seed).path
-                reward = _load_reward(s, base, adapter)
-        return align.train(
-            folder, base, s.split("train"), s.split("reward"), recipe(s, variant.method, variant.seed), reward=reward,
-            device=s.device, trust_remote_code=s.preset.trust_remote_code, resumable=s.working(self.name, variant),
-        )  # fmt: skip
+            learned = s.preset.reward == "model"
+            reward = _load_reward(s, variant.family, variant.seed) if learned else _true_utility
+        pairs, own = (s.split("train"), s.split("reward")), recipe(s, variant.method, variant.seed)
+        options = {"reward": reward, "resumable": s.working(self.name, variant), **s.placed}
+        return align.train(folder, base, *pairs, own, **options)
 
 
 class RandomDirection(Stage):
@@ -127,10 +121,8 @@ class RandomDirection(Stage):
     def inputs(self, s, variant):
         pattern = s.pattern(variant.family)
         if pattern is None:
-            raise AlignError(
-                f"a random direction for {variant.family} needs a variant with a LoRA adapter as its pattern: "
-                "merged checkpoints have none"
-            )
+            needed = "needs a variant with a LoRA adapter as its pattern: merged checkpoints have none"
+            raise AlignError(f"a random direction for {variant.family} {needed}")
         return {"pattern": s.weights(pattern)}
 
     def parameters(self, s, variant):
@@ -148,7 +140,7 @@ def recipe(s, method: str, seed: int) -> align.Recipe:
         steps=p.reward_steps if method == "reward" else p.steps, **{name: getattr(p, name) for name in RECIPE},
     )  # fmt: skip
     if p.recipe == "published" and method in METHODS:
-        return align.published(made, len(s.split("train")))
+        made = align.published(made, len(s.split("train")))
     return made
 
 
@@ -160,27 +152,21 @@ def judge(s, family: str) -> behavior.Judge | None:
     """Who scores samples: the tiny world's true utility, else the family's reward model (seed 0), else nobody.
 
     Where variants are trained against reward models, tiny-world samples also get that model's ``reward``."""
-    reward = _learned_reward(s, family) if s.needs_reward_model else None
-    if not s.tiny_world:
-        return behavior.Judge("reward model", lambda p, r: pd.DataFrame({"score": reward(p, r)})) if reward else None
+    format, model = s.format(family), _load_reward(s, family, 0) if s.needs_reward_model else None
 
-    def score(prompts, responses):
-        table = tinyworld.score(prompts, responses).rename(columns={"utility": "score"})
-        return table.assign(reward=reward(prompts, responses)) if reward else table
-
-    return behavior.Judge("true utility", score)
-
-
-def _load_reward(s, base: str, adapter):
-    return models.load_reward(base, adapter, device=s.device, trust_remote_code=s.preset.trust_remote_code)
-
-
-def _learned_reward(s, family: str):
-    base, format = s.source(Variant(family, "base")).model, s.format(family)
-    reward = _load_reward(s, base, s.reward_model(family, 0).path)
-
-    def rewards(prompts, responses):
+    def reward(prompts, responses):
         ids = [format.encode(p, r or " ") for p, r in zip(prompts, responses, strict=True)]
-        return models.rewards(reward, [p for p, _ in ids], [r for _, r in ids], pad_id=format.pad_id)
+        return models.rewards(model, [p for p, _ in ids], [r for _, r in ids], pad_id=format.pad_id)
 
-    return rewards
+    def utility(prompts, responses):
+        table = tinyworld.score(prompts, responses).rename(columns={"utility": "score"})
+        return table.assign(reward=reward(prompts, responses)) if model else table
+
+    if s.tiny_world:
+        return behavior.Judge("true utility", utility)
+    return behavior.Judge("reward model", lambda p, r: pd.DataFrame({"score": reward(p, r)})) if model else None
+
+
+def _load_reward(s, family: str, seed: int):
+    base = s.source(Variant(family, "base")).model
+    return models.load_reward(base, s.reward_model(family, seed).path, **s.placed)
