@@ -3,8 +3,6 @@
 Every result is an artifact keyed by what it depends on, so notebooks run alone and in any order, a killed run goes on
 where it stopped, and two studies can share a store."""
 
-from __future__ import annotations
-
 import glob
 import warnings
 from functools import cached_property, wraps
@@ -19,8 +17,7 @@ from alignlens.core.errors import PreferenceError, PresetError
 from alignlens.core.store import Artifact, Store, content_hash
 from alignlens.preferences import tinyworld
 from alignlens.study import runner
-from alignlens.study.stages import STAGES
-from alignlens.study.variants import TEXTS, Source, Variant
+from alignlens.study.stages import STAGES, TEXTS, Source, Variant
 
 # Where and how fast a study runs does not name its results.
 PLACES = ("store", "figures", "jobs", "device", "shipped", "variants", "read_batch")
@@ -48,6 +45,9 @@ class Study:
         shipped = settings.place(preset.shipped) if preset.shipped and preset.variants != "train" else ""
         self.store = Store(settings.place(preset.store), shipped if Path(shipped or "-").is_dir() else None)
         self._kept: dict[tuple, object] = {}
+        self.device = models.default_device() if preset.device == "auto" else preset.device
+        self._trust = {"trust_remote_code": preset.trust_remote_code}
+        self.placed = {"device": self.device, **self._trust}  # how models are loaded
 
     def __getattr__(self, name: str):
         if name in STAGES:
@@ -74,9 +74,8 @@ class Study:
 
         Shows one progress bar with what is being made. Later calls find everything in the store."""
         known = list(dict.fromkeys(stage.group for stage in STAGES.values()))
-        for group in groups or known:
-            if group not in known:
-                raise PresetError(f"stage {group!r} is unknown; choose from {', '.join(known)}")
+        if unknown := [group for group in groups if group not in known]:
+            raise PresetError(f"stage {unknown[0]!r} is unknown; choose from {', '.join(known)}")
         runner.run(self, runner.plan(self, groups or known))
 
     def ship(self, folder: str | Path) -> int:
@@ -103,10 +102,6 @@ class Study:
     def reading(self, family: str) -> dict:
         """How ``activations`` reads a model that this study has loaded for it."""
         return {"batch_size": self.preset.read_batch, "formatter": self.format(family), "own": True}
-
-    @cached_property
-    def device(self) -> str:
-        return models.default_device() if self.preset.device == "auto" else self.preset.device
 
     @property
     def tiny_world(self) -> bool:
@@ -243,17 +238,7 @@ class Study:
 
     def load(self, variant: Variant):
         """(model, tokenizer) of a variant, an adapter merged into its base."""
-        source = self.source(variant)
-        return models.load(source.model, source.adapter, **self.placed)
-
-    @property
-    def _trust(self) -> dict:
-        return {"trust_remote_code": self.preset.trust_remote_code}
-
-    @property
-    def placed(self) -> dict:
-        """How ``models`` and ``align`` load what this study works with."""
-        return {"device": self.device, **self._trust}
+        return models.load(self.source(variant).model, self.source(variant).adapter, **self.placed)
 
     @_once
     def _shape(self, family: str) -> dict:
@@ -266,10 +251,8 @@ class Study:
     def dictionary_layers(self, family: str) -> tuple[int, ...]:
         """The layers at which dictionaries of a family are trained and read, the same for all its models."""
         depth, chosen = self._shape(family)["layers"], self.preset.dictionary_layers
-        if chosen == "spread":
-            return tuple(sorted({int(depth * share) for share in (0.25, 0.5, 0.75)}))
         settings.check_depth(chosen, depth, f"dictionary_layers ({family})", PresetError)
-        return chosen
+        return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4})) if chosen == "spread" else chosen
 
     def crosscoder_layer(self, family: str) -> int:
         """The middle one of the dictionary layers."""
@@ -316,8 +299,7 @@ def _existing(path: str) -> Path | None:
         if candidate.exists() or any(glob.iglob(str(candidate))):
             return candidate.absolute()
     if preferences.is_local(path):
-        where = "neither from the working directory nor from the project's folder"
-        raise PreferenceError(f"{path} does not exist, {where}")
+        raise PreferenceError(f"{path} does not exist, neither from the working directory nor in the project's folder")
     return None
 
 

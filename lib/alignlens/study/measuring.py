@@ -1,16 +1,13 @@
 """Stages that measure a model, or a model against its base: streams, behaviour, probes, geometry, dose, causes."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 
 from alignlens import activations, behavior, causal, dictionaries, geometry, models, probes
 from alignlens.core.statistics import alternating_halves, standard_error
 from alignlens.core.store import content_hash, write_arrays, write_table
-from alignlens.study.stages import Stage
+from alignlens.study.stages import TEXTS, Stage
 from alignlens.study.training import judge
-from alignlens.study.variants import TEXTS
 
 PROTOCOLS = ("grouped", "published")
 DRAWS = ("folds", "bootstrap")
@@ -20,18 +17,14 @@ CAUSAL = ("causal_pairs", "random_directions", "steer_strengths", "bootstrap", "
 class Activations(Stage):
     """Residual streams of the family's measured pairs, or of other pairs, which ``what`` names."""
 
-    name = "activations"
+    name, fields = "activations", ("position", "max_length")
 
     def label(self, s, variant, what="measured", pairs=None):
         return f"{variant.label}-{what}"
 
-    def inputs(self, s, variant, what="measured", pairs=None):
+    def made_from(self, s, variant, what="measured", pairs=None):
         key = s.measured_key(variant.family) if pairs is None else content_hash(pairs[TEXTS])
-        return {"model": s.weights(variant), "pairs": key}
-
-    def parameters(self, s, variant, *_):
-        p = s.preset
-        return {"position": p.position, "layers": p.layers_measured, "max_length": p.max_length}
+        return {"model": s.weights(variant), "pairs": key}, {"layers": s.preset.layers_measured}
 
     def make(self, s, folder, variant, what="measured", pairs=None):
         pairs = s.encoded(variant.family) if pairs is None else pairs
@@ -53,18 +46,15 @@ class Tokens(Stage):
 
     split : "measure" (the family's measured pairs) or "train" (all other pairs: what dictionaries are trained on)."""
 
-    name, each = "tokens", "first_seeds"
+    name, each, fields = "tokens", "first_seeds", ("max_length",)
 
     def label(self, s, variant, split="measure", *_):
         return f"{variant.label}-{split}"
 
-    def inputs(self, s, variant, split="measure", *_):
+    def made_from(self, s, variant, split="measure", layers=None, limit=None):
         pairs = s.measured_key(variant.family) if split == "measure" else s.split_key("train", "reward")
-        return {"model": s.weights(variant), "pairs": pairs}
-
-    def parameters(self, s, variant, split="measure", layers=None, limit=None):
-        layers = layers or s.dictionary_layers(variant.family)
-        return {"layers": layers, "limit": limit, "max_length": s.preset.max_length}
+        parameters = {"layers": layers or s.dictionary_layers(variant.family), "limit": limit}
+        return {"model": s.weights(variant), "pairs": pairs}, parameters
 
     def make(self, s, folder, *args):
         return {"tokens": len(read_tokens(s, folder, *args).row)}
@@ -83,17 +73,13 @@ def read_tokens(s, folder, variant, split="measure", layers=None, limit=None) ->
 class Behavior(Stage):
     """Log-probabilities and samples of one model on the measured pairs: a table, one row a pair."""
 
-    name = "behavior"
+    name, fields = "behavior", ("sampled",)
 
-    def inputs(self, s, variant):
+    def made_from(self, s, variant):
         keys = {"model": s.weights(variant), "base": s.weights(variant.base), "pairs": s.measured_key(variant.family)}
-        if s.needs_reward_model:
-            keys["judge"] = s.key("reward_model", variant.family, 0)
-        return keys if s.judged else keys | {"judge": "nobody"}
-
-    def parameters(self, s, variant):
-        p = s.preset
-        return {"sampled": p.sampled, "tokens": p.response_tokens, "seed": variant.seed, "max": p.max_length}
+        if s.needs_reward_model or not s.judged:
+            keys["judge"] = s.key("reward_model", variant.family, 0) if s.judged else "nobody"
+        return keys, {"tokens": s.preset.response_tokens, "seed": variant.seed, "max": s.preset.max_length}
 
     def make(self, s, folder, variant):
         # A merged model samples about twice as fast as one with its adapter beside it, so the base is loaded too.
@@ -122,8 +108,8 @@ class Probes(Stage):
 
     name, title, fields = "probes", "activations and probes", (*DRAWS, "permutations")
 
-    def inputs(self, s, variant):
-        return {name: s.key("activations", v) for name, v in (("activations", variant), ("base", variant.base))}
+    def made_from(self, s, variant):
+        return {"activations": s.key("activations", variant), "base": s.key("activations", variant.base)}, {}
 
     def make(self, s, folder, variant):
         p, own = s.preset, s.activations(variant)
@@ -154,8 +140,8 @@ class Geometry(Stage):
     def wanted(self, s):
         return [pair for family in s.families for _, *pair in s.geometry_comparisons(family)]
 
-    def inputs(self, s, first, second):
-        return {"first": s.key("activations", first), "second": s.key("activations", second)}
+    def made_from(self, s, first, second):
+        return {"first": s.key("activations", first), "second": s.key("activations", second)}, {}
 
     def make(self, s, folder, first, second):
         for name, table in _compared(s, s.activations(first), s.activations(second)).items():
@@ -180,12 +166,9 @@ class Dose(Stage):
     def wanted(self, s):
         return [(v,) for v in s.first_seeds(base=False)]
 
-    def inputs(self, s, variant):
+    def made_from(self, s, variant):
         whole = {"behavior": s.key("behavior", variant), "geometry": s.key("geometry", variant.base, variant)}
-        return whole | {"reference": s.key("behavior", variant.base)}
-
-    def parameters(self, s, variant):
-        return {"shares": s.preset.dose_shares} | super().parameters(s)
+        return whole | {"reference": s.key("behavior", variant.base)}, {"shares": s.preset.dose_shares}
 
     def make(self, s, folder, variant):
         parts = [self._at(s, variant, share) for share in s.preset.dose_shares]
@@ -212,15 +195,13 @@ class Causal(Stage):
 
     name, title, ships, each, fields = "causal", "interventions", True, "first_seeds", CAUSAL
 
-    def inputs(self, s, variant):
+    def made_from(self, s, variant):
         keys = {f"{stage} of {v.method}": s.key(stage, v) for v in (variant, variant.base)
                 for stage in ("activations", "latents")}  # fmt: skip
-        return keys | {"reference": s.key("behavior", variant.base)}
-
-    def parameters(self, s, variant):
+        keys |= {"reference": s.key("behavior", variant.base)}
         # Samples are drawn batch by batch: if there are several, their size is a parameter.
         several = s.judged and s.preset.read_batch < min(s.preset.sampled, s.preset.causal_pairs)
-        return super().parameters(s) | ({"read_batch": s.preset.read_batch} if several else {})
+        return keys, {"read_batch": s.preset.read_batch} if several else {}
 
     def make(self, s, folder, variant):
         p, layer, format = s.preset, s.crosscoder_layer(variant.family), s.format(variant.family)
@@ -275,14 +256,14 @@ def _directions(s, variant, layer: int, fitted: np.ndarray) -> dict[str, np.ndar
     return directions
 
 
-def _told_latents(s, variant, layer: int, count: int = 2) -> list[int]:
+def _told_latents(s, variant, layer: int) -> list[int]:
     """Latents to test: of a base the clearest preference effects, of a variant the clearest changes of it."""
     name, column = ("usage", "effect") if variant.method == "base" else ("change", "effect_change")
     table = s.latents(variant).table(f"{name}.parquet").query("layer == @layer")
     used = s.latents(variant.base).table("usage.parquet").query("layer == @layer")
     often = table.latent.map(used.set_index("latent").density) > 1e-3
     error = standard_error(table[f"{column}_low"], table[f"{column}_high"], least=1e-9)
-    return table.assign(strength=table[column].abs() / error)[often].nlargest(count, "strength").latent.tolist()
+    return table.assign(strength=table[column].abs() / error)[often].nlargest(2, "strength").latent.tolist()
 
 
 def _sampled_steering(s, family, inputs, directions, options) -> pd.DataFrame:

@@ -3,8 +3,6 @@
 The names of the nulls stand in the column method: "self" (the base with itself), "seeds" (two seeds of one method) and
 "random" (adapters of random direction, each as large as a variant's)."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np
@@ -16,8 +14,6 @@ from alignlens.dictionaries import latents
 from alignlens.published import sparc
 from alignlens.study import Study, Variant, features
 from alignlens.study.tables import collect, reference_layers
-
-QUALITY = ("r2", "dead_published", "dead_share")  # of the published crosscoder
 
 
 @dataclasses.dataclass
@@ -54,14 +50,13 @@ def crosscoders(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
     (family, method, the columns of ``dictionaries.classify``, rows), (family, method, those of
     ``dictionaries.evaluate``)."""
     tables, qualities = [], []
-    for family in study.families:
+    for family, name, first, second in _compared(study):
         layer = study.crosscoder_layer(family)
-        for name, first, second in study.comparisons(family):
-            found = features.read_dictionary(study.crosscoder(first, second), [layer])
-            streams = {"base": study.tokens(first).at(layer), "aligned": study.tokens(second).at(layer)}
-            facts = {"family": family, "method": name, "layer": layer, "rows": len(streams["base"])}
-            tables.append(dictionaries.classify(found, streams).assign(**facts))
-            qualities.append({**facts, **dictionaries.evaluate(found, streams)})
+        found = features.read_dictionary(study.crosscoder(first, second), [layer])
+        streams = {"base": study.tokens(first).at(layer), "aligned": study.tokens(second).at(layer)}
+        facts = {"family": family, "method": name, "layer": layer, "rows": len(streams["base"])}
+        tables.append(dictionaries.classify(found, streams).assign(**facts))
+        qualities.append({**facts, **dictionaries.evaluate(found, streams)})
     return pd.concat(tables, ignore_index=True), pd.DataFrame(qualities)
 
 
@@ -69,11 +64,10 @@ def label_shares(table: pd.DataFrame) -> pd.DataFrame:
     """Share of live latents under each label: family, method, label, share, count, and dead, the share of all."""
     out = []
     for (family, method), part in table.groupby(["family", "method"], sort=False):
-        live = part[part.label != "dead"]
+        counts, live = part.label.value_counts(), int((part.label != "dead").sum())
         for name in dictionaries.LABELS[1:]:
-            count = int((live.label == name).sum())
-            row = {"family": family, "method": method, "label": name, "share": count / max(len(live), 1)}
-            out.append(row | {"count": count, "dead": 1 - len(live) / len(part)})
+            row = {"family": family, "method": method, "label": name, "share": counts.get(name, 0) / max(live, 1)}
+            out.append(row | {"count": counts.get(name, 0), "dead": 1 - live / len(part)})
     return pd.DataFrame(out)
 
 
@@ -83,18 +77,20 @@ def published_classes(study: Study) -> pd.DataFrame:
     family, method, thresholds, class, share (of all latents, as published), sharing (feature sharing ratio), fve, r2,
     dead_published, dead_share."""
     out = []
-    for family in study.families:
-        for name, first, second in study.comparisons(family):
-            artifact = study.published_crosscoder(first, second)
-            table, quality = artifact.table("classes.parquet"), artifact.json("facts.json")["quality"]
-            for kind in ("adaptive", "fixed"):
-                labels = table.label if kind == "adaptive" else sparc.labels(table, sparc.FIXED)
-                share = pd.Series(labels).value_counts(normalize=True)
-                sharing = sparc.feature_sharing_ratio(table.assign(label=labels))["single_layer"]
-                row = {"family": family, "method": name, "thresholds": kind, "sharing": sharing}
-                row |= {"fve": quality["fve_published"]} | {n: quality[n] for n in QUALITY}
-                out += [row | {"class": n, "share": float(share.get(n, 0.0))} for n in sparc.CLASSES]
+    for family, name, first, second in _compared(study):
+        artifact = study.published_crosscoder(first, second)
+        table, quality = artifact.table("classes.parquet"), artifact.json("facts.json")["quality"]
+        facts = {"fve": quality["fve_published"]} | {n: quality[n] for n in ("r2", "dead_published", "dead_share")}
+        for kind, labels in (("adaptive", table.label), ("fixed", sparc.labels(table, sparc.FIXED))):
+            share = pd.Series(labels).value_counts(normalize=True)
+            sharing = sparc.feature_sharing_ratio(table.assign(label=labels))["single_layer"]
+            row = {"family": family, "method": name, "thresholds": kind, "sharing": sharing, **facts}
+            out += [row | {"class": n, "share": float(share.get(n, 0.0))} for n in sparc.CLASSES]
     return pd.DataFrame(out)
+
+
+def _compared(study: Study) -> list[tuple]:
+    return [(family, *compared) for family in study.families for compared in study.comparisons(family)]
 
 
 def geometry_table(study: Study, name: str) -> pd.DataFrame:
@@ -202,9 +198,8 @@ def matched_dose(path: pd.DataFrame, dose: float) -> pd.DataFrame:
         for name in names:
             ends = {"value": name, "low": f"{name}_low", "high": f"{name}_high"}
             values = {k: np.interp(dose, way.kl, way[c]) if reached else np.nan for k, c in ends.items()}
-            last = way[name][way.share == 1].iloc[0]
-            facts = {"family": family, "method": method, "measure": name}
-            rows.append(facts | values | {"last": last, "reached": reached})
+            values |= {"last": way[name][way.share == 1].iloc[0], "reached": reached}
+            rows.append({"family": family, "method": method, "measure": name, **values})
     return pd.DataFrame(rows)
 
 

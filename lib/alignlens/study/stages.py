@@ -4,13 +4,36 @@ A stage is declared by subclassing ``Stage``; nothing else knows of it. Its key 
 parameters and its version, so a change anywhere upstream reaches everything downstream. ``STAGES`` holds them in the
 order of their declaration, which is the order of work."""
 
-from __future__ import annotations
-
+from dataclasses import dataclass
 from pathlib import Path
 
-from alignlens.study.variants import Variant
+STAGES: dict[str, "Stage"] = {}
+TEXTS = ["prompt", "chosen", "rejected"]
 
-STAGES: dict[str, Stage] = {}
+
+@dataclass(frozen=True, order=True)
+class Variant:
+    """One model of a study: a family, a method, a control, "base" or "random" (a null), and a seed."""
+
+    family: str
+    method: str
+    seed: int = 0
+
+    @property
+    def label(self) -> str:
+        return f"{self.family}-base" if self.method == "base" else f"{self.family}-{self.method}-seed{self.seed}"
+
+    @property
+    def base(self) -> "Variant":
+        return Variant(self.family, "base")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: what Transformers loads, and an adapter on top if any."""
+
+    model: str
+    adapter: str | None = None
 
 
 class Stage:
@@ -46,12 +69,9 @@ class Stage:
         """Names the artifact's folder, for readers only."""
         return "-vs-".join(arg.label for arg in args if isinstance(arg, Variant))
 
-    def inputs(self, s, *args) -> dict[str, str]:
-        """Name -> key of everything it is made from."""
-        return {}
-
-    def parameters(self, s, *args) -> dict:
-        return {name: getattr(s.preset, name) for name in self.fields}
+    def made_from(self, s, *args) -> tuple[dict[str, str], dict]:
+        """Inputs, name -> key of everything it is made from; and parameters besides ``fields``."""
+        return {}, {}
 
     def make(self, s, folder: Path, *args) -> dict | None:
         """Write the files into the folder; returns small facts for the manifest."""
@@ -62,4 +82,6 @@ class Stage:
         return artifact
 
     def identity(self, s, *args) -> dict:
-        return {"inputs": self.inputs(s, *args), "parameters": self.parameters(s, *args), "version": self.version}
+        inputs, parameters = self.made_from(s, *args)
+        parameters |= {name: getattr(s.preset, name) for name in self.fields}
+        return {"inputs": inputs, "parameters": parameters, "version": self.version}

@@ -1,7 +1,5 @@
 """Stages that make models: tiny bases, reward models, variants, and the random direction that is a null."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np
@@ -12,8 +10,7 @@ from alignlens.core.errors import AlignError
 from alignlens.core.settings import METHODS
 from alignlens.core.store import content_hash
 from alignlens.preferences import tinyworld
-from alignlens.study.stages import Stage
-from alignlens.study.variants import Variant
+from alignlens.study.stages import Stage, Variant
 
 PRETRAINING = ("layers", "d_model", "vocab_size", "pretrain_steps", "pretrain_batch", "pretrain_rate")
 RECIPE = (
@@ -33,13 +30,11 @@ class Base(Stage):
     def label(self, s, family):
         return f"{family}-base"
 
-    def inputs(self, s, family):
+    def made_from(self, s, family):
         # Held-out prompts are kept out of the pretraining text as well, so the split is one of its inputs.
-        return {"held out": content_hash(sorted(s.split("measure").prompt)) if s.tiny_world else "none"}
-
-    def parameters(self, s, family):
+        held_out = content_hash(sorted(s.split("measure").prompt)) if s.tiny_world else "none"
         architecture = s.preset.families[family].removeprefix("tiny:")
-        return {"architecture": architecture, "seed": 0} | super().parameters(s)
+        return {"held out": held_out}, {"architecture": architecture, "seed": 0}
 
     def make(self, s, folder, family):
         p, held_out = s.preset, s.split("measure").prompt if s.tiny_world else ()
@@ -63,11 +58,9 @@ class Reward(Stage):
     def label(self, s, family, seed):
         return f"{family}-reward-seed{seed}"
 
-    def inputs(self, s, family, seed):
-        return {"base": s.weights(Variant(family, "base")), "pairs": s.split_key("reward")}
-
-    def parameters(self, s, family, seed):
-        return dataclasses.asdict(recipe(s, "reward", seed))
+    def made_from(self, s, family, seed):
+        keys = {"base": s.weights(Variant(family, "base")), "pairs": s.split_key("reward")}
+        return keys, dataclasses.asdict(recipe(s, "reward", seed))
 
     def make(self, s, folder, family, seed):
         base, kept = s.source(Variant(family, "base")).model, s.working(self.name, family, seed)
@@ -86,15 +79,12 @@ class Trained(Stage):
         slowest_first = {"ppo": 0, "grpo": 1}
         return [(v,) for v in sorted(trained, key=lambda v: (slowest_first.get(v.method, 2), v))]
 
-    def inputs(self, s, variant):
+    def made_from(self, s, variant):
         keys = {"base": s.weights(variant.base), "pairs": s.split_key("train"), "heldout": s.split_key("reward")}
         if variant.method in align.ONLINE:
             learned = s.preset.reward == "model"
             keys["reward"] = s.key("reward_model", variant.family, variant.seed) if learned else "true utility"
-        return keys
-
-    def parameters(self, s, variant):
-        return dataclasses.asdict(recipe(s, variant.method, variant.seed))
+        return keys, dataclasses.asdict(recipe(s, variant.method, variant.seed))
 
     def make(self, s, folder, variant):
         if s.preset.variants == "load":
@@ -118,15 +108,12 @@ class RandomDirection(Stage):
     def wanted(self, s):
         return [(second,) for f in s.families for name, _, second in s.comparisons(f) if name == "random"]
 
-    def inputs(self, s, variant):
+    def made_from(self, s, variant):
         pattern = s.pattern(variant.family)
         if pattern is None:
             needed = "needs a variant with a LoRA adapter as its pattern: merged checkpoints have none"
             raise AlignError(f"a random direction for {variant.family} {needed}")
-        return {"pattern": s.weights(pattern)}
-
-    def parameters(self, s, variant):
-        return {"seed": variant.seed}
+        return {"pattern": s.weights(pattern)}, {"seed": variant.seed}
 
     def make(self, s, folder, variant):
         return models.random_adapter(s.source(s.pattern(variant.family)).adapter, folder, seed=variant.seed)
