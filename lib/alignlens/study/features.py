@@ -94,8 +94,7 @@ class Crosscoder(_Dictionary):
     name = "crosscoder"
 
     def wanted(self, s):
-        pairs = [tuple(pair) for family in s.families for _, *pair in s.comparisons(family)]
-        return pairs + [windowed(s, family) for family in s.families]
+        return [pair for _, *pair in s.comparisons()] + [windowed(s, family) for family in s.families]
 
     def label(self, s, first, second, window=False):
         return super().label(s, first, second) + ("-window" if window else "")
@@ -193,7 +192,7 @@ class PublishedCrosscoder(Stage):
     after, fields = ("variant", "random"), ("max_length",)
 
     def wanted(self, s):
-        return [tuple(pair) for family in s.families for _, *pair in s.comparisons(family)]
+        return [pair for _, *pair in s.comparisons()]
 
     def made_from(self, s, first, second):
         keys = {"first": s.weights(first), "second": s.weights(second), "pairs": content_hash(self._pairs(s)[TEXTS])}

@@ -259,28 +259,22 @@ class Study:
         layers = self.dictionary_layers(family)
         return layers[len(layers) // 2]
 
-    def comparisons(self, family: str) -> list[tuple[str, Variant, Variant]]:
-        """What crosscoders compare: (name, first, second) of every method's first seed and of the nulls.
+    def comparisons(self, family: str | None = None, *, every: bool = False) -> list[tuple[str, Variant, Variant]]:
+        """What is compared, of one family or all: (name, first, second) of every method's first seed and of the nulls.
 
-        Nulls: "self" (the base with itself), "seeds" (two seeds of one method), "random" (a random direction)."""
+        Nulls: "self" (the base with itself), "seeds" (two seeds of one method), "random" (a random direction).
+        every : as geometry compares, all seeds and several random directions, but no "self"."""
+        if family is None:
+            return [compared for f in self.families for compared in self.comparisons(f, every=every)]
         base, seeds = Variant(family, "base"), {m: self.seeds_of(family, m) for m in self.methods}
-        out = [(m, base, Variant(family, m, seeds[m][0])) for m in self.methods] + [("self", base, base)]
+        own = [v for v in self.variants(family, base=False) if every or v.seed == seeds[v.method][0]]
+        out = [(v.method, base, v) for v in own] + ([] if every else [("self", base, base)])
         if several := [m for m in self.methods if len(seeds[m]) > 1]:
             method = min(several, key=lambda m: m != "dpo")
             out.append(("seeds", *[Variant(family, method, seed) for seed in seeds[method][:2]]))
         if self.pattern(family):
-            out.append(("random", base, Variant(family, "random")))
-        return out
-
-    def geometry_comparisons(self, family: str) -> list[tuple[str, Variant, Variant]]:
-        """What geometry compares: (name, first, second) of all variants and of the nulls "seeds" and "random"."""
-        base = Variant(family, "base")
-        out = [(v.method, base, v) for v in self.variants(family, base=False)]
-        for name, first, second in self.comparisons(family):
-            if name == "seeds":
-                out.append((name, first, second))
-            elif name == "random":
-                out += [(name, base, Variant(family, "random", draw)) for draw in range(self.preset.null_draws)]
+            draws = range(self.preset.null_draws if every else 1)
+            out += [("random", base, Variant(family, "random", draw)) for draw in draws]
         return out
 
     def pattern(self, family: str) -> Variant | None:

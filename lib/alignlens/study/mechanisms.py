@@ -50,11 +50,11 @@ def crosscoders(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
     (family, method, the columns of ``dictionaries.classify``, rows), (family, method, those of
     ``dictionaries.evaluate``)."""
     tables, qualities = [], []
-    for family, name, first, second in _compared(study):
-        layer = study.crosscoder_layer(family)
+    for name, first, second in study.comparisons():
+        layer = study.crosscoder_layer(first.family)
         found = features.read_dictionary(study.crosscoder(first, second), [layer])
         streams = {"base": study.tokens(first).at(layer), "aligned": study.tokens(second).at(layer)}
-        facts = {"family": family, "method": name, "layer": layer, "rows": len(streams["base"])}
+        facts = {"family": first.family, "method": name, "layer": layer, "rows": len(streams["base"])}
         tables.append(dictionaries.classify(found, streams).assign(**facts))
         qualities.append({**facts, **dictionaries.evaluate(found, streams)})
     return pd.concat(tables, ignore_index=True), pd.DataFrame(qualities)
@@ -77,20 +77,16 @@ def published_classes(study: Study) -> pd.DataFrame:
     family, method, thresholds, class, share (of all latents, as published), sharing (feature sharing ratio), fve, r2,
     dead_published, dead_share."""
     out = []
-    for family, name, first, second in _compared(study):
+    for name, first, second in study.comparisons():
         artifact = study.published_crosscoder(first, second)
         table, quality = artifact.table("classes.parquet"), artifact.json("facts.json")["quality"]
         facts = {"fve": quality["fve_published"]} | {n: quality[n] for n in ("r2", "dead_published", "dead_share")}
         for kind, labels in (("adaptive", table.label), ("fixed", sparc.labels(table, sparc.FIXED))):
             share = pd.Series(labels).value_counts(normalize=True)
             sharing = sparc.feature_sharing_ratio(table.assign(label=labels))["single_layer"]
-            row = {"family": family, "method": name, "thresholds": kind, "sharing": sharing, **facts}
+            row = {"family": first.family, "method": name, "thresholds": kind, "sharing": sharing, **facts}
             out += [row | {"class": n, "share": float(share.get(n, 0.0))} for n in sparc.CLASSES]
     return pd.DataFrame(out)
-
-
-def _compared(study: Study) -> list[tuple]:
-    return [(family, *compared) for family in study.families for compared in study.comparisons(family)]
 
 
 def geometry_table(study: Study, name: str) -> pd.DataFrame:
@@ -98,10 +94,10 @@ def geometry_table(study: Study, name: str) -> pd.DataFrame:
 
     Of the null "random" the seed numbers the draw."""
     out = []
-    for family in study.families:
-        for method, first, second in study.geometry_comparisons(family):
-            table = study.geometry(first, second).table(f"{name}.parquet")
-            out.append(pd.DataFrame({"family": family, "method": method, "seed": second.seed}, table.index).join(table))
+    for method, first, second in study.comparisons(every=True):
+        table = study.geometry(first, second).table(f"{name}.parquet")
+        facts = {"family": first.family, "method": method, "seed": second.seed}
+        out.append(pd.DataFrame(facts, table.index).join(table))
     return pd.concat(out, ignore_index=True)
 
 

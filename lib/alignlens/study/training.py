@@ -106,7 +106,7 @@ class RandomDirection(Stage):
     name, group, title, ships = "random", "dictionaries", "random direction", True
 
     def wanted(self, s):
-        return [(second,) for f in s.families for name, _, second in s.comparisons(f) if name == "random"]
+        return [(second,) for name, _, second in s.comparisons() if name == "random"]
 
     def made_from(self, s, variant):
         pattern = s.pattern(variant.family)
