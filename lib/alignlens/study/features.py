@@ -94,7 +94,8 @@ class Crosscoder(_Dictionary):
     name = "crosscoder"
 
     def wanted(self, s):
-        return [pair for _, *pair in s.comparisons()] + [windowed(s, family) for family in s.families]
+        pairs = [(first, second) for _, first, second in s.comparisons()]
+        return pairs + [windowed(s, family) for family in s.families]
 
     def label(self, s, first, second, window=False):
         return super().label(s, first, second) + ("-window" if window else "")
@@ -192,7 +193,7 @@ class PublishedCrosscoder(Stage):
     after, fields = ("variant", "random"), ("max_length",)
 
     def wanted(self, s):
-        return [pair for _, *pair in s.comparisons()]
+        return [(first, second) for _, first, second in s.comparisons()]
 
     def made_from(self, s, first, second):
         keys = {"first": s.weights(first), "second": s.weights(second), "pairs": content_hash(self._pairs(s)[TEXTS])}

@@ -138,7 +138,7 @@ class Geometry(Stage):
     name, fields = "geometry", DRAWS
 
     def wanted(self, s):
-        return [pair for _, *pair in s.comparisons(every=True)]
+        return [(first, second) for _, first, second in s.comparisons(every=True)]
 
     def made_from(self, s, first, second):
         return {"first": s.key("activations", first), "second": s.key("activations", second)}, {}
