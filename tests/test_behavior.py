@@ -198,6 +198,12 @@ def test_measure_scores_every_pair_and_samples_some_prompts(micro, measured):
     assert measured.score[10:].isna().all()
 
 
+def test_pairs_may_be_encoded_already(micro, measured):
+    model, f = models.load(micro.folder)[0], micro.format
+    again = measure(model, f, f.encode_pairs(micro.heldout), JUDGE, sampled=10, response_tokens=24, seed=0)
+    pd.testing.assert_frame_equal(again, measured)
+
+
 def test_a_base_measured_twice_has_not_moved(micro, measured):
     model, _ = models.load(micro.folder)
     again = measure(

@@ -3,8 +3,6 @@
 ``measure`` makes one row a pair for one model; ``compare`` turns the rows of a variant's seeds and of its base into
 numbers with 95 % intervals."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +11,6 @@ import pandas as pd
 from alignlens import models
 from alignlens.core.errors import PreferenceError
 from alignlens.core.statistics import by_group, interval, resample
-from alignlens.preferences import Formatter
 
 # name -> what it is, short enough for a panel's title; the order is the order of tables and panels
 MEASURES = {
@@ -40,46 +37,34 @@ class Judge:
 
 
 def measure(
-    model, format: Formatter, pairs: pd.DataFrame, judge: Judge | None, *, reference=None, sampled: int,
-    response_tokens: int, seed: int, batch_size: int = 64,
-) -> pd.DataFrame:  # fmt: skip
+    model, format, pairs, judge, *, sampled: int, response_tokens: int, seed: int, reference=None, batch_size: int = 64
+) -> pd.DataFrame:
     """Score the pairs and sample answers to the first ``sampled`` prompts.
 
-    reference : the base; not needed for a model with an adapter that can be switched off. Without either the model is
-    the base itself, and its KL is 0. Returns one row a pair that fits ``format.max_length``: row (in ``pairs``),
-    prompt_id, chosen_logprob and rejected_logprob (nats), chosen_length and rejected_length (tokens); and for rows with
-    a sample: response, length, ended (0 when cut at ``response_tokens``), kl (nats) and the judge's columns."""
+    format : ``preferences.Formatter``. judge : ``Judge``, or None. pairs : DataFrame prompt, chosen, rejected,
+    prompt_id, or ``Encoded`` pairs. reference : the base; not needed for a model with an adapter that can be switched
+    off. Without either the model is the base itself, and its KL is 0. Returns one row a pair that fits
+    ``format.max_length``: row (in ``pairs``), prompt_id, chosen_logprob and rejected_logprob (nats), chosen_length and
+    rejected_length (tokens); and for rows with a sample: response, length, ended (0 when cut at ``response_tokens``),
+    kl (nats) and the judge's columns."""
     encoded = format.encode_pairs(pairs)
-    kept = np.flatnonzero(encoded.kept)
     options = {"pad_id": format.pad_id, "batch_size": batch_size}
-    table = pd.DataFrame(
-        {
-            "row": kept,
-            "prompt_id": encoded.prompt_id,
-            "chosen_logprob": models.response_logprobs(model, encoded.prompt_ids, encoded.chosen_ids, **options),
-            "rejected_logprob": models.response_logprobs(model, encoded.prompt_ids, encoded.rejected_ids, **options),
-            "chosen_length": [len(r) for r in encoded.chosen_ids],
-            "rejected_length": [len(r) for r in encoded.rejected_ids],
-        }
-    )
+    answers = {"chosen": encoded.chosen_ids, "rejected": encoded.rejected_ids}
+    table = pd.DataFrame({"row": encoded.rows, "prompt_id": encoded.prompt_id})
+    for side, ids in answers.items():
+        table[f"{side}_logprob"] = models.response_logprobs(model, encoded.prompt_ids, ids, **options)
+    for side, ids in answers.items():
+        table[f"{side}_length"] = [len(answer) for answer in ids]
     asked = table.drop_duplicates("prompt_id").index[:sampled]
-    prompts = [encoded.prompt_ids[i] for i in asked]
-    made = models.sample(
-        model, prompts, end_id=format.end_id, pad_id=format.pad_id, max_new_tokens=response_tokens, seed=seed
-    )
-    samples = pd.DataFrame(
-        {
-            "response": [format.decode(ids) for ids in made],
-            "length": [len(ids) for ids in made],
-            "ended": [int(ids[-1] == format.end_id) for ids in made],
-        },
-        index=asked,
-    )
+    prompts, end, pad = [encoded.prompt_ids[i] for i in asked], format.end_id, format.pad_id
+    made = models.sample(model, prompts, end_id=end, pad_id=pad, max_new_tokens=response_tokens, seed=seed)
+    samples = pd.DataFrame({"response": [format.decode(ids) for ids in made]}, index=asked)
+    samples["length"], samples["ended"] = [len(ids) for ids in made], [int(ids[-1] == end) for ids in made]
     moved = reference is not None or hasattr(model, "disable_adapter")
     samples["kl"] = models.response_kl(model, prompts, made, reference=reference, **options) if moved else 0.0
     if judge is not None:
-        texts = [encoded.prompts[i] for i in asked]
-        samples = samples.join(judge.score(texts, samples.response.tolist()).set_index(asked))
+        judged = judge.score([encoded.prompts[i] for i in asked], samples.response.tolist())
+        samples = samples.join(judged.set_index(asked))
     return table.join(samples)
 
 
@@ -95,14 +80,13 @@ def compare(variants: list[pd.DataFrame], base: pd.DataFrame, *, bootstrap: int 
     per_seed = [_per_pair(table, base) for table in variants]
     names = [n for n in per_seed[0].columns if n != "prompt_id"]
     # Sums and counts per prompt: a bootstrap draw of prompts is then one matrix product.
-    by_prompt = [by_group(t[names].to_numpy(float), t.prompt_id.to_numpy()) for t in per_seed]
-    sums, counts = (np.stack(part) for part in zip(*by_prompt, strict=True))
+    sums, counts = by_group(np.stack([t[names].to_numpy(float) for t in per_seed], 1), per_seed[0].prompt_id)
     rng = np.random.default_rng(seed)
-    weights, seeds = resample(sums.shape[1], bootstrap, rng), resample(len(per_seed), bootstrap, rng)
+    weights, seeds = (resample(count, bootstrap, rng) for count in sums.shape[:2])
     with np.errstate(invalid="ignore", divide="ignore"):
-        means = np.einsum("bp,spm->bsm", weights, sums) / np.einsum("bp,spm->bsm", weights, counts)
+        means = np.einsum("bp,psm->bsm", weights, sums) / np.einsum("bp,psm->bsm", weights, counts)
         drawn = np.einsum("bs,bsm->bm", seeds / len(per_seed), means)
-        value = (sums.sum(1) / counts.sum(1)).mean(0)
+        value = (sums.sum(0) / counts.sum(0)).mean(0)
     drawn = np.where(np.isfinite(value), drawn, 0)  # a measure that no row has: NaN, without interval
     low, high = np.where(np.isfinite(value), interval(drawn), np.nan)
     table = pd.DataFrame({"measure": names, "value": value, "low": low, "high": high})
@@ -112,16 +96,10 @@ def compare(variants: list[pd.DataFrame], base: pd.DataFrame, *, bootstrap: int 
 def _per_pair(table: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
     chosen = table.chosen_logprob - base.chosen_logprob
     rejected = table.rejected_logprob - base.rejected_logprob
-    out = pd.DataFrame(
-        {
-            "prompt_id": table.prompt_id,
-            "accuracy": (np.sign(chosen - rejected) + 1) / 2,
-            "margin": chosen - rejected,
-            "chosen_shift": chosen,
-            "rejected_shift": rejected,
-            "kl": table.kl,
-        }
-    )
+    out = table[["prompt_id"]].assign(
+        accuracy=(np.sign(chosen - rejected) + 1) / 2, margin=chosen - rejected, chosen_shift=chosen,
+        rejected_shift=rejected, kl=table.kl,
+    )  # fmt: skip
     if "score" in table:
         out["win_rate"] = ((np.sign(table.score - base.score) + 1) / 2).where(table.score.notna())
     if "reward" in table:
@@ -136,11 +114,8 @@ def _diversity(variants: list[pd.DataFrame]) -> pd.DataFrame:
     for n in (1, 2):
         shares = []
         for table in variants:
-            grams = [g for text in table.response.dropna() for g in _ngrams(text.split(), n)]
+            words = (text.split() for text in table.response.dropna())
+            grams = [gram for text in words for gram in zip(*(text[i:] for i in range(n)), strict=False)]
             shares.append(len(set(grams)) / max(1, len(grams)))
         rows.append({"measure": f"distinct_{n}", "value": np.mean(shares), "low": min(shares), "high": max(shares)})
     return pd.DataFrame(rows)
-
-
-def _ngrams(words, n):
-    return zip(*(words[i:] for i in range(n)), strict=False)

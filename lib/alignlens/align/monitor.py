@@ -54,10 +54,9 @@ class Monitor(TrainerCallback):
         policy, training = self.policy, self.policy.training
         policy.eval()
         row = self._measure(step)
-        over = self.recipe.stop == "dose" and step and row["kl"] >= self.recipe.dose
-        if over:
+        if over := self.recipe.stop == "dose" and step and row["kl"] >= self.recipe.dose:
             row, self.stopped_by = self._land(step), "dose"
-        self.before = [weight.detach().clone() for weight in self._weights()]
+        self.before = self._copies()
         policy.train(training)
         self.rows.append(row)
         if over:
@@ -70,10 +69,13 @@ class Monitor(TrainerCallback):
     def restore(self, kept: dict) -> None:
         """Go on from what ``kept`` gave; the policy has its weights of then."""
         self.rows, self.start = kept["rows"], np.array(kept["start"])
-        self.before = [weight.detach().clone() for weight in self._weights()]
+        self.before = self._copies()
 
     def _weights(self) -> list[torch.Tensor]:
         return [weight for weight in self.policy.parameters() if weight.requires_grad]
+
+    def _copies(self) -> list[torch.Tensor]:
+        return [weight.detach().clone() for weight in self._weights()]
 
     @torch.no_grad()
     def _land(self, step: int) -> dict:
@@ -81,7 +83,7 @@ class Monitor(TrainerCallback):
 
         The dose can double between two checks. Without this, methods would be compared at doses that differ by as
         much as chance has them overshoot."""
-        after = [weight.detach().clone() for weight in self._weights()]
+        after = self._copies()
 
         def move(share):
             for weight, start, end in zip(self._weights(), self.before, after, strict=True):
@@ -104,11 +106,10 @@ class Monitor(TrainerCallback):
         return made, np.asarray_chkfinite(models.response_kl(self.policy, self.prompts, made, pad_id=pad))
 
     def _measure(self, step: int) -> dict:
-        policy, pad = self.policy, self.format.pad_id
-        scores = (models.response_logprobs(policy, self.prompts, ids, pad_id=pad) for ids in self.answers)
+        told = {"pad_id": self.format.pad_id}
+        scores = (models.response_logprobs(self.policy, self.prompts, ids, **told) for ids in self.answers)
         chosen, rejected = map(np.asarray_chkfinite, scores)
-        made, kl = self._sample(step)
-        margin = chosen - rejected
+        margin, (made, kl) = chosen - rejected, self._sample(step)
         self.start = self.start if self.rows else margin
         return {
             "step": step, "loss": np.nan, "reward": np.nan, "margin": np.nan, "kl": kl.mean(),

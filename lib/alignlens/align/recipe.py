@@ -33,15 +33,12 @@ POSITIVE = ("learning_rate", "steps", "response_tokens", "lora_rank", "dose", "c
 class Recipe:
     """All that a training run depends on besides its base, its pairs and its reward.
 
-    learning_rate : of the adapter, constant after the warm-up.
-    steps : optimiser steps at most. batch_size : pairs a step; for ppo and grpo, sampled responses a step.
-    micro_batch_size : rows in memory at once (None: the whole batch).
-    max_length : tokens of prompt and response; longer pairs are left out and counted, never cut.
-    response_tokens : longest sampled response.
-    stop : "dose" ends at ``dose`` nats of mean KL per response (between two checks, weights are interpolated to land
-        on it), "last" at the last step.
-    check_every, check_prompts : how often, and on how many held-out prompts, dose and curves are measured.
-    options : arguments of the method's TRL config (``DEFAULTS`` lists ours)."""
+    learning_rate : of the adapter, constant after the warm-up. steps : optimiser steps at most. batch_size : pairs a
+    step; for ppo and grpo, sampled responses. micro_batch_size : rows in memory at once (None: the whole batch).
+    max_length : tokens of prompt and response; longer pairs are left out and counted, never cut. response_tokens :
+    longest sampled response. stop : "dose" ends at ``dose`` nats of mean KL per response (between two checks, weights
+    are interpolated to land on it), "last" at the last step. check_every, check_prompts : how often, and on how many
+    held-out prompts, dose and curves are measured. options : of the method's TRL config (``DEFAULTS`` lists ours)."""
 
     method: str
     learning_rate: float

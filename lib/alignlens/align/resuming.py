@@ -67,12 +67,9 @@ class Resumable(TrainerCallback):
         now, step, last = time.monotonic(), state.global_step, self.recipe.steps
         control.should_save = step % self.recipe.check_every == 0 and step < last and now - self.saved >= EVERY
         if now - self.told >= 1:
-            left, dose = (now - self.began) / (step - self.first) * (last - step), ""
-            if self.monitor:
-                dose = f", dose {self.monitor.rows[-1]['kl']:.2g} nats"
-            (self.folder / PROGRESS).write_text(
-                f"step {step} of {last}{dose}, {tqdm.format_interval(left)} left at most"
-            )
+            dose = f", dose {self.monitor.rows[-1]['kl']:.2g} nats" if self.monitor else ""
+            left = tqdm.format_interval((now - self.began) / (step - self.first) * (last - step))
+            (self.folder / PROGRESS).write_text(f"step {step} of {last}{dose}, {left} left at most")
             self.told = now
 
     def _save(self, *_, **__) -> None:
@@ -126,10 +123,9 @@ class Resumable(TrainerCallback):
                 next(iter(found.batch_sampler))
             return found
 
-        trainer.get_train_dataloader = advanced
         vars(trainer).update(
-            _load_from_checkpoint=lambda *_: None, _load_optimizer_and_scheduler=self._restore,
-            _load_rng_state=self._restore_random,
+            get_train_dataloader=advanced, _load_from_checkpoint=lambda *_: None,
+            _load_optimizer_and_scheduler=self._restore, _load_rng_state=self._restore_random,
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=str(place))
 

@@ -88,8 +88,6 @@ def lora(recipe: Recipe, model: PreTrainedModel) -> LoraConfig:
     )  # fmt: skip
 
 
-# --- methods that learn from pairs ------------------------------------------------------------------------------------
-
 # DPO and KTO tokenise whatever they get, CPO and ORPO row by row; SFT, reward and PPO leave token ids alone.
 AS_IT_IS = {"_prepare_dataset": lambda trainer, rows, *_: rows}
 ROW_BY_ROW = {"tokenize_row": lambda trainer, row, *_: row}
@@ -115,8 +113,8 @@ def _kto(run: Run):
     """Every answer as a row of its own, shuffled; each row also carries the answer of another prompt of its batch.
 
     KTO's KL term needs that mismatched answer. The trainer reads rows in order, so the batches are known here."""
-    rows = [{"prompt_ids": p, "completion_ids": c, "label": True} for p, c, _ in run.pairs]
-    rows += [{"prompt_ids": p, "completion_ids": r, "label": False} for p, _, r in run.pairs]
+    answers = [(p, c, True) for p, c, _ in run.pairs] + [(p, r, False) for p, _, r in run.pairs]
+    rows = [dict(zip(("prompt_ids", "completion_ids", "label"), answer, strict=True)) for answer in answers]
     rows = [rows[i] for i in np.random.default_rng(run.recipe.seed).permutation(len(rows))]
     for start in range(0, len(rows), run.recipe.micro):
         batch = rows[start : start + run.recipe.micro]
@@ -136,15 +134,12 @@ def _side(name: str, prompt: list[int], answer: list[int]) -> dict:
     return {f"{name}_input_ids": ids, f"{name}_attention_mask": [1] * len(ids), f"{name}_labels": labels}
 
 
-# --- methods that sample ----------------------------------------------------------------------------------------------
-
-
 def _grpo(run: Run):
     """GRPO hands text to its reward, so its rows are text, tokenised when it samples."""
     settings = {"max_completion_length": run.recipe.response_tokens, "disable_dropout": True}
     replaced = {"_tokenize_prompts": lambda trainer, texts: ([run.prompts[text] for text in texts], None, {})}
-    rows, score = [{"prompt": prompt} for prompt in run.prompts], _grpo_reward(run)
-    return run.trainer("trl", "GRPO", rows, settings, replaced=replaced, reward_funcs=score)
+    rows = [{"prompt": prompt} for prompt in run.prompts]
+    return run.trainer("trl", "GRPO", rows, settings, replaced=replaced, reward_funcs=_grpo_reward(run))
 
 
 def _grpo_reward(run: Run):
@@ -202,7 +197,7 @@ class _TextReward(torch.nn.Module):
         super().__init__()
         self.function, self.format, self.score = function, format, torch.nn.Identity()
         self.prompts = {tuple(ids): prompt for prompt, ids in prompts.items()}
-        self.lengths = sorted({len(ids) for ids in self.prompts}, reverse=True)
+        self.lengths = sorted({*map(len, self.prompts)}, reverse=True)
 
     def forward(self, input_ids, attention_mask, **_):
         texts = [self._split(ids[mask.bool()].tolist()) for ids, mask in zip(input_ids, attention_mask, strict=True)]

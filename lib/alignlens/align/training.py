@@ -23,8 +23,6 @@ from alignlens.core.errors import AlignError
 from alignlens.core.store import write_table
 from alignlens.preferences import Encoded, Formatter
 
-ANSWERS = ("chosen_ids", "rejected_ids")
-
 
 class Limits(NamedTuple):
     """Tokens at most: of a pair (prompt and one answer), of a prompt that is answered, of a sampled answer."""
@@ -48,7 +46,8 @@ def answerable(encoded: Encoded, longest: int) -> Encoded:
         return encoded
     if not fits.any():
         raise AlignError(f"no prompt has at most {longest} tokens, and the model has no room to answer: shorten them")
-    lists = {name: list(compress(getattr(encoded, name), fits)) for name in ("prompts", "prompt_ids", *ANSWERS)}
+    names = ("prompts", "prompt_ids", "chosen_ids", "rejected_ids")
+    lists = {name: list(compress(getattr(encoded, name), fits)) for name in names}
     kept, report = encoded.kept.copy(), {"kept": int(fits.sum()), "no_room_to_answer": int((~fits).sum())}
     kept[kept] = fits
     return replace(encoded, **lists, kept=kept, report=encoded.report | report, prompt_id=encoded.prompt_id[fits])
@@ -60,12 +59,11 @@ def train(
 ) -> dict:  # fmt: skip
     """Train one variant of ``base`` and save its adapter (half precision) and its curves into ``folder``.
 
-    base : hub id or local folder of the parent.
-    pairs, heldout : DataFrames prompt, chosen, rejected; ``heldout`` prompts are never trained on.
-    reward : for ppo and grpo: a reward model (``models.load_reward``), or a function of (prompts, responses) -> values.
-    resumable : folder of this run alone, see ``resuming``: a killed run goes on from it, to the same adapter.
-    Returns dict: steps, dose (mean KL per response, nats) with standard error, stopped_by ("dose" or "last step"),
-    pairs used and dropped.
+    base : hub id or local folder of the parent. pairs, heldout : DataFrames prompt, chosen, rejected; ``heldout``
+    prompts are never trained on. reward : for ppo and grpo: a reward model (``models.load_reward``), or a function of
+    (prompts, responses) -> values. resumable : folder of this run alone, see ``resuming``: a killed run goes on from
+    it, to the same adapter. Returns dict: steps, dose (mean KL per response, nats) with standard error, stopped_by
+    ("dose" or "last step"), pairs used and dropped.
     Raises AlignError for an unknown method, a missing reward, no usable pairs, or a run that diverges."""
     if recipe.method in ONLINE and reward is None:
         raise AlignError(f"{recipe.method} needs a reward: train a reward model on the reward split first")
@@ -123,10 +121,9 @@ def train_reward(
     models.check(model, format.tokenizer, base)
     model.config.pad_token_id = format.pad_id
     torch.nn.init.zeros_(model.score.weight)
-    kept = resuming.read(resumable)
     with tempfile.TemporaryDirectory() as workdir, models.quietly():
         trainer = TRAINERS["reward"](Run(recipe, model, format, trained, workdir))
-        resuming.Resumable(trainer, recipe, resumable, kept).train()
+        resuming.Resumable(trainer, recipe, resumable, resuming.read(resumable)).train()
         policy = trainer.accelerator.unwrap_model(trainer.model).eval()
     answers, pad = (tested.chosen_ids, tested.rejected_ids), format.pad_id
     chosen, rejected = (models.rewards(policy, tested.prompt_ids, ids, pad_id=pad) for ids in answers)

@@ -12,6 +12,7 @@ from alignlens.claims.evidence import Evidence, Tables
 from alignlens.claims.rules import LEVEL, MARGIN, VERDICTS
 from alignlens.core import store
 from alignlens.core.errors import ClaimError
+from alignlens.core.files import replacing
 
 SCHEMA = "alignlens.claims/1"
 PAPER = "arXiv 2606.09850"
@@ -75,9 +76,8 @@ def frame(document: dict) -> pd.DataFrame:
 
 def write(document: dict, path: str | Path) -> None:
     """Write a ledger as JSON, beside its place first; numbers that do not exist become null."""
-    beside = Path(path).with_name(f".{Path(path).name}")
-    store.write_json(beside, check(document))
-    beside.replace(path)
+    with replacing(path) as beside:
+        store.write_json(beside, check(document))
 
 
 def read(path: str | Path) -> dict:

@@ -47,8 +47,7 @@ def reanalysis() -> pd.DataFrame:
     table["error"] = auroc_error(table.auroc, table.pairs)
     near = layers.merge(table[[*MODEL, "auroc", "error"]], on=MODEL, suffixes=("", "_best"))
     near = near[near.auroc >= near.auroc_best - 2 * near.error].groupby(MODEL).layer
-    plateau = near.agg(plateau_first="min", plateau_last="max").assign(layer0=curves.first())
-    plateau = plateau[["layer0", "plateau_first", "plateau_last"]]
+    plateau = curves.agg(layer0="first").join(near.agg(plateau_first="min", plateau_last="max"))
     table = table.join(plateau, on=MODEL).join(floors, on=["pairs", "d_model"])
     table["above_floor"] = (table.auroc - table.floor) / (1 - table.floor)
     base = table[table.method == "base"].set_index("family")

@@ -38,8 +38,8 @@ def reference_changes(transfer: pd.DataFrame) -> pd.DataFrame:
 
     Returns family, method, layer, change, low, high (95 %, prompts and seeds), p (normal), q (Benjamini and Hochberg
     over families x methods, without controls). The base's best leans against a rise: compare with a control there."""
-    known = transfer.assign(auroc_base=transfer.auroc_base.fillna(-np.inf))
-    rows = transfer.loc[known.groupby("family", sort=False).auroc_base.idxmax(), ["family", "layer"]]
+    best = transfer.auroc_base.fillna(-np.inf).groupby(transfer.family, sort=False).idxmax()
+    rows = transfer.loc[best, ["family", "layer"]]
     names = {"difference": "change", "difference_low": "low", "difference_high": "high"}
     table = transfer.merge(rows)[["family", "method", "layer", *names]].rename(columns=names)
     table["p"] = p_value(table.change, table.low, table.high)

@@ -23,12 +23,10 @@ FOLDER = Path(__file__).parent / "presets"
 
 def _from_text(value):
     """Lists and mappings that papermill's -p gives as JSON text."""
-    if isinstance(value, str) and value.strip()[:1] in ("{", "["):
-        try:
-            return json.loads(value)
-        except ValueError as error:
-            raise ValueError(f"not valid JSON ({error}); quote names with double quotes") from None
-    return value
+    try:
+        return json.loads(value) if isinstance(value, str) and value.strip()[:1] in ("{", "[") else value
+    except ValueError as error:
+        raise ValueError(f"not valid JSON ({error}); quote names with double quotes") from None
 
 
 def _listed(value):
@@ -83,11 +81,10 @@ def layers(word: str) -> object:
 
 _WORDS = {
     "missing": "it must be given", "extra_forbidden": "it is unknown", "greater_than_equal": "it must be at least {ge}",
-    "greater_than": "it must be above {gt}", "less_than": "it must be below {lt}",
-    "less_than_equal": "it must be at most {le}",
-    "literal_error": "choose one of {expected}", "too_short": "give at least one",
-    "finite_number": "give a finite number", "multiple_of": "it must be a multiple of {multiple_of}",
-    "value_error": "{error}",
+    "greater_than": "it must be above {gt}", "less_than": "it must be below {lt}", "value_error": "{error}",
+    "less_than_equal": "it must be at most {le}", "literal_error": "choose one of {expected}",
+    "too_short": "give at least one", "finite_number": "give a finite number",
+    "multiple_of": "it must be a multiple of {multiple_of}",
 }  # fmt: skip
 _KINDS = {
     "int": "give a whole number", "float": "give a number", "bool": "give true or false", "dict": "give a mapping",
@@ -141,7 +138,7 @@ def refuse_unknown(names, known, error: type[Exception]) -> None:
 
 
 class Preset(Parameters):
-    """All parameters of a study.
+    """All parameters of a study; not explained here is what its name says.
 
     Compared. families : name -> base, which is a hub id (``id@revision`` pins it), a local folder, or
     ``tiny:ARCHITECTURE``, trained here. methods, controls, seeds : the variants of each family. variants : "auto" takes
@@ -151,20 +148,17 @@ class Preset(Parameters):
     Pairs. pairs : "tinyworld", a file (.jsonl, .csv, .parquet) or a hub id. prompts, length_bias, label_noise : of the
     tiny world. limit, max_chars, on_bad : of a file or hub data set. reward_share, measure_share, split_seed : how
     prompts are split. measured, sampled : pairs measured and prompts answered, at most.
-    Tiny bases. layers, d_model, vocab_size, pretrain_steps, pretrain_batch, pretrain_rate.
-    Alignment. steps, batch_size, micro_batch_size, max_length, response_tokens, lora_rank, learning_rates, stop, dose,
-    check_every, check_prompts. reward : "model" (trained on the reward split for reward_steps) or "truth" (tiny world).
-    Measurement. position : last | mean. layers_measured : "all" or a list. read_batch, folds, bootstrap, permutations.
+    Alignment. reward : "model" (trained on the reward split for reward_steps) or "truth" (tiny world).
+    Measurement. position : last | mean. layers_measured : "all" or a list.
     Dictionaries. dictionary_layers : "spread" (a quarter, half and three quarters of the depth) or a list; crosscoders
-    read the middle one. dictionary_width, dictionary_k, dictionary_epochs. dictionary_tokens : training tokens of a
-    model. published_pairs : prompts that the published crosscoder is trained on. calibration_regimes,
-    calibration_seeds, calibration_samples : of the planted truth, see ``calibration``.
+    read the middle one. dictionary_tokens : training tokens of a model. published_pairs : prompts that the published
+    crosscoder is trained on. calibration_regimes, calibration_seeds, calibration_samples : see ``calibration``.
     Geometry and causes. null_draws : random LoRA directions behind the null of geometry. dose_shares : parts of the way
     from base to variant that are measured besides the whole way. causal_pairs : pairs scored under each intervention.
     random_directions : norm-matched random directions beside each named one, at least 20. steer_strengths : in units of
     the stream's root-mean-square norm.
     Where. store : folder of made artifacts. shipped : read-only store looked up first. figures : where pictures go.
-    device : "auto", "cpu" or "cuda". jobs : processes side by side, 0 for as many as pay. trust_remote_code."""
+    device : "auto", "cpu" or "cuda". jobs : processes side by side, 0 for as many as pay."""
 
     name: str
     families: Annotated[Texts, Field(min_length=1)]

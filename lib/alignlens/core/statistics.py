@@ -74,8 +74,7 @@ def corrected(p, by=None):
     if by is not None:
         return p.groupby(by).transform(corrected)
     known, out = np.isfinite(p), p.copy()
-    if known.any():
-        out[known] = false_discovery_control(p[known])
+    out[known] = false_discovery_control(p[known]) if known.any() else []
     return out
 
 

@@ -72,8 +72,8 @@ def _digest(value) -> str:
 
 
 def _digest_file(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    with open(path, "rb") as raw:
+        return hashlib.file_digest(raw, "sha256").hexdigest()
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -140,13 +140,8 @@ class Artifact:
     path: Path
     manifest: dict
 
-    @property
-    def key(self) -> str:
-        return self.manifest["key"]
-
-    @property
-    def extra(self) -> dict:
-        return self.manifest["extra"]
+    key = property(lambda self: self.manifest["key"])
+    extra = property(lambda self: self.manifest["extra"])
 
     def file(self, name: str) -> Path:
         """Path of one of its files (or of a folder of them); StoreError if the manifest has no such name."""
@@ -203,11 +198,8 @@ def _load(folder: Path) -> Artifact:
 
 def _fill(folder: Path, make: Callable[[Path], dict | None], identity: dict) -> None:
     """Have the files made, and write their manifest: whose they are, how they came about, what they hold."""
-    name = f"{identity['label']}-{identity['key']}"
-    start = time.perf_counter()
-    extra = make(folder)
-    seconds = time.perf_counter() - start
-    files = _files(folder)
+    name, start = f"{identity['label']}-{identity['key']}", time.perf_counter()
+    extra, seconds, files = make(folder), time.perf_counter() - start, _files(folder)
     if bad := [file for file, path in files.items() if path.is_symlink() or file == MANIFEST]:
         raise StoreError(f"make of {name} wrote {bad[0]}: links and {MANIFEST} are not allowed")
     manifest = identity | {
@@ -277,13 +269,10 @@ class Store:
             slug = re.sub(r"[^A-Za-z0-9._]+", "-", label).strip("-.")[:80]
             if not slug:
                 raise StoreError(f"label {label!r} has no letter or digit to name a folder with")
-            place = self.root / stage / f"{slug}-{key}"
-            try:
-                with replacing_folder(place) as folder:
-                    _fill(folder, make, {"stage": stage, "label": slug, "key": key, **identity})
-            except FileExistsError:
-                if not (place / MANIFEST).is_file():  # otherwise somebody without our lock was first: as good as ours
-                    raise
+            place, named = self.root / stage / f"{slug}-{key}", {"stage": stage, "label": slug, "key": key}
+            # If it is there by now, somebody without our lock was first, and theirs is as good as ours.
+            with contextlib.suppress(FileExistsError), replacing_folder(place) as folder:
+                _fill(folder, make, named | identity)
             shutil.rmtree(self.working(key), ignore_errors=True)
             return _load(place)
 
@@ -293,14 +282,14 @@ class Store:
 
     def _lookup(self, stage: str, key: str) -> Artifact | None:
         """The first intact artifact; damaged ones are reported."""
-        for root in [*self.shipped, self.root]:
-            for folder in sorted((root / stage).glob(f"[!.]*-{key}")):
-                try:
-                    return _load(folder)
-                except StoreError as error:
-                    if folder not in self._reported:
-                        self._reported.add(folder)
-                        warnings.warn(f"{error}: not used, but made again when needed", DamagedArtifact, stacklevel=3)
+        roots = (root / stage for root in [*self.shipped, self.root])
+        for folder in (folder for root in roots for folder in sorted(root.glob(f"[!.]*-{key}"))):
+            try:
+                return _load(folder)
+            except StoreError as error:
+                if folder not in self._reported:
+                    self._reported.add(folder)
+                    warnings.warn(f"{error}: not used, but made again when needed", DamagedArtifact, stacklevel=3)
         return None
 
     def _lock(self, key: str, **options) -> FileLock:

@@ -12,7 +12,7 @@ import seaborn as sns
 from PIL import Image
 
 from alignlens.core.files import replacing
-from alignlens.core.settings import SPELLING, place
+from alignlens.core.settings import place
 
 # Okabe and Ito's colour-blind-safe palette; dashes and markers carry the same information a second time.
 METHODS = {
@@ -23,10 +23,6 @@ METHODS = {
 MARKERS = dict(zip(METHODS, "oPsD^vXp*h<>", strict=True))
 DASHES = dict.fromkeys(METHODS, "") | {"sft": (4, 2), "shuffled": (1, 1.5)}
 DASHES |= dict.fromkeys(("self", "seeds", "random"), (4, 1.5, 1, 1.5))
-NAMES = SPELLING | {
-    "base": "base", "sft": "SFT (control)", "shuffled": "shuffled (control)", "self": "base with itself (null)",
-    "seeds": "two seeds (null)", "random": "random direction (null)",
-}  # fmt: skip
 SIDES = {"chosen": "#0072B2", "rejected": "#D55E00"}
 PROTOCOLS = {"grouped": "#009E73", "published": "#7a3e9d"}
 FATES = {"kept": "#8c8c8c", "rotated": "#0072B2", "attenuated": "#D55E00", "created": "#009E73"}

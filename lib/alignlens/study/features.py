@@ -1,8 +1,7 @@
 """Stages of trained dictionaries: ours, what their latents do, the published ones, and labels on planted truth."""
 
-from __future__ import annotations
-
 import dataclasses
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -14,8 +13,7 @@ from alignlens.dictionaries import latents
 from alignlens.preferences import tinyworld
 from alignlens.published import sparc
 from alignlens.study.measuring import read_dictionary, read_tokens
-from alignlens.study.stages import Stage
-from alignlens.study.variants import TEXTS
+from alignlens.study.stages import STAGES, TEXTS, Stage
 
 POOLED = 4  # a pooled dictionary sees this many times the tokens of one model, in equal parts from all its models
 SPLICED_PAIRS = 100
@@ -26,33 +24,23 @@ CALIBRATION_EPOCHS = {"alignlens": 8, "l1": 4, "published": 1}
 class _Dictionary(Stage):
     """What autoencoders and crosscoders have in common.
 
-    Subclasses say which models and layers they read, and how streams (one array and one mask of tokens a model) become
-    the rows to train on, by stream, and the mask of all tokens that were kept."""
+    Subclasses say which models and layers they read, and how streams (an array and a mask of tokens a model) become the
+    rows to train on, by stream, and the mask of all tokens that were kept."""
 
     kind, group, ships, after = "dictionary", "dictionaries", True, ("variant", "random")
-
-    def limit(self, s, *args) -> int:
-        return s.preset.dictionary_tokens
 
     def seed(self, *args) -> int:
         return 0
 
-    def inputs(self, s, *args):
+    def made_from(self, s, *args):
         read = [s.key("tokens", *self._tokens(s, model, *args)) for model in self.models(s, *args)]
-        return {"tokens": content_hash(read)}
-
-    def parameters(self, s, *args):
         config = dataclasses.asdict(self._config(s, *args))
-        return {"config": config, "layers": self.layers(s, *args), "seed": self.seed(*args)}
+        parameters = {"config": config, "layers": self.layers(s, *args), "seed": self.seed(*args)}
+        return {"tokens": content_hash(read)}, parameters
 
     def _config(self, s, *args):
-        p = s.preset
-        return dictionaries.Config(
-            width=p.dictionary_width, k=p.dictionary_k, epochs=p.dictionary_epochs, seed=self.seed(*args)
-        )
-
-    def _tokens(self, s, model, *args) -> tuple:
-        return model, "train", s.dictionary_layers(model.family), self.limit(s, *args)
+        p, seed = s.preset, self.seed(*args)
+        return dictionaries.Config(width=p.dictionary_width, k=p.dictionary_k, epochs=p.dictionary_epochs, seed=seed)
 
     def _streams(self, s, *args) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Streams of each model, and which of their tokens no high norm spoils. Special tokens are no responses."""
@@ -67,8 +55,7 @@ class _Dictionary(Stage):
         facts = {"hooks": hooks, "models": [s.weights(model) for model in self.models(s, *args)]}
         found = dictionaries.train(rows, self._config(s, *args), facts=facts, device=s.device)
         found.save(folder, half=True)
-        masked = float(1 - kept.mean())
-        return {"tokens": len(next(iter(rows.values()))), "masked": masked, **found.history.iloc[-1].to_dict()}
+        return {"tokens": int(kept.sum()), "masked": float(1 - kept.mean()), **found.history.iloc[-1].to_dict()}
 
 
 class Sae(_Dictionary):
@@ -89,8 +76,9 @@ class Sae(_Dictionary):
     def layers(self, s, family, layer, *_):
         return [layer]
 
-    def limit(self, s, family, *_):
-        return POOLED * s.preset.dictionary_tokens // len(s.variants(family))
+    def _tokens(self, s, model, *_):
+        limit = POOLED * s.preset.dictionary_tokens // len(s.variants(model.family))
+        return model, "train", s.dictionary_layers(model.family), limit
 
     def seed(self, family, layer, seed=0):
         return seed
@@ -106,11 +94,11 @@ class Crosscoder(_Dictionary):
     name = "crosscoder"
 
     def wanted(self, s):
-        pairs = [tuple(pair) for family in s.families for _, *pair in s.comparisons(family)]
+        pairs = [(first, second) for _, first, second in s.comparisons()]
         return pairs + [windowed(s, family) for family in s.families]
 
     def label(self, s, first, second, window=False):
-        return f"{first.label}-vs-{second.label}{'-window' if window else ''}"
+        return super().label(s, first, second) + ("-window" if window else "")
 
     def models(self, s, first, second, window=False):
         return [first, second]
@@ -119,7 +107,7 @@ class Crosscoder(_Dictionary):
         return list(s.dictionary_layers(first.family)) if window else [s.crosscoder_layer(first.family)]
 
     def _tokens(self, s, model, *args):
-        return model, "train", tuple(self.layers(s, *args)), self.limit(s, *args)
+        return model, "train", tuple(self.layers(s, *args)), s.preset.dictionary_tokens
 
     def rows(self, parts, kept):
         keep = kept[0] & kept[1]
@@ -141,15 +129,12 @@ class Latents(Stage):
     name, after = "latents", ("variant", "random", "sae")
 
     def wanted(self, s):
-        null = [v for f in s.families for name, _, v in s.comparisons(f) if name == "random"]
-        return [(v,) for v in [*s.variants(), *null]]
+        return super().wanted(s) + STAGES["random"].wanted(s)
 
-    def inputs(self, s, variant):
+    def made_from(self, s, variant):
         saes = {f"sae {layer}": s.key("sae", variant.family, layer, 0) for layer in s.dictionary_layers(variant.family)}
-        return saes | {"tokens": s.key("tokens", variant), "base": s.key("tokens", variant.base)}
-
-    def parameters(self, s, variant):
-        return {"spliced": self._spliced(s, variant)} | ({} if s.tiny_world else {"factors": False})
+        keys = saes | {"tokens": s.key("tokens", variant), "base": s.key("tokens", variant.base)}
+        return keys, {"spliced": self._spliced(s, variant)} | ({} if s.tiny_world else {"factors": False})
 
     def _spliced(self, s, variant) -> bool:
         """One seed of a method stands for all where that is slow: cross-entropy with the stream replaced."""
@@ -157,12 +142,11 @@ class Latents(Stage):
 
     def make(self, s, folder, variant):
         first, reference = self._spliced(s, variant), s.tokens(variant.base)
-        layers = s.dictionary_layers(variant.family)
         own = s.tokens(variant) if first else read_tokens(s, None, variant)  # others are read once only
+        layers = s.dictionary_layers(variant.family)
         parts = [_latent_tables(s, variant, layer, own, reference, first) for layer in layers]
         for name in parts[0]:
-            tables = [part[name].assign(layer=layer) for part, layer in zip(parts, layers, strict=True)]
-            write_table(folder / f"{name}.parquet", pd.concat(tables))
+            write_table(folder / f"{name}.parquet", pd.concat([part[name] for part in parts]))
 
 
 def _latent_tables(s, variant, layer, own, reference, spliced: bool) -> dict[str, pd.DataFrame]:
@@ -178,26 +162,24 @@ def _latent_tables(s, variant, layer, own, reference, spliced: bool) -> dict[str
     elif s.tiny_world:
         factors = tinyworld.factor_columns(s.measured(variant.family))[own.kept].reset_index(drop=True)
         tables["factors"], tables["factor_null"] = latents.factor_auroc(codes, own, factors)
-    return tables
+    return {name: table.assign(layer=layer) for name, table in tables.items()}
 
 
 def _spliced_loss(s, variant, layer, dictionary, tokens) -> dict[str, float]:
     """Cross-entropy of the first measured pairs with the stream replaced: clean, by the dictionary, by its mean."""
-    mean = torch.from_numpy(np.asarray(tokens.at(layer), np.float32).mean(0))
+    centre = torch.from_numpy(np.asarray(tokens.at(layer), np.float32).mean(0))
 
-    def rebuilt(x):
+    def rebuild(x):
         return torch.from_numpy(dictionary.reconstruct({"pooled": x.cpu().numpy()})["pooled"])
 
-    table = activations.spliced_loss(
-        activations.bridge(s.load(variant)[0], own=True), s.format(variant.family),
-        s.measured(variant.family).head(SPLICED_PAIRS), layer,
-        {"clean": None, "dictionary": rebuilt, "mean": lambda x: mean.expand_as(x)}, batch_size=s.preset.read_batch,
-    )  # fmt: skip
+    bridged, pairs = activations.bridge(s.load(variant)[0], own=True), s.measured(variant.family).head(SPLICED_PAIRS)
+    instead = {"clean": None, "dictionary": rebuild, "mean": lambda x: centre.expand_as(x)}
+    format, batch_size = s.format(variant.family), s.preset.read_batch
+    table = activations.spliced_loss(bridged, format, pairs, layer, instead, batch_size=batch_size)
     sums = table.assign(total=table.loss * table.tokens).groupby("replacement")[["total", "tokens"]].sum()
-    loss = sums.total / sums.tokens
-    recovered = (loss["mean"] - loss["dictionary"]) / max(loss["mean"] - loss["clean"], 1e-9)
-    increase = loss["dictionary"] - loss["clean"]
-    return {"loss_clean": loss["clean"], "loss_increase": increase, "recovered": recovered}
+    clean, rebuilt, mean = (sums.total / sums.tokens)[["clean", "dictionary", "mean"]]
+    recovered = (mean - rebuilt) / max(mean - clean, 1e-9)
+    return {"loss_clean": clean, "loss_increase": rebuilt - clean, "recovered": recovered}
 
 
 class PublishedCrosscoder(Stage):
@@ -208,20 +190,15 @@ class PublishedCrosscoder(Stage):
     thresholds."""
 
     name, group, title, ships = "published_crosscoder", "dictionaries", "published crosscoder", True
-    after = ("variant", "random")
+    after, fields = ("variant", "random"), ("max_length",)
 
     def wanted(self, s):
-        return [tuple(pair) for family in s.families for _, *pair in s.comparisons(family)]
+        return [(first, second) for _, first, second in s.comparisons()]
 
-    def label(self, s, first, second):
-        return f"{first.label}-vs-{second.label}"
-
-    def inputs(self, s, first, second):
-        return {"first": s.weights(first), "second": s.weights(second), "pairs": content_hash(self._pairs(s)[TEXTS])}
-
-    def parameters(self, s, first, second):
+    def made_from(self, s, first, second):
+        keys = {"first": s.weights(first), "second": s.weights(second), "pairs": content_hash(self._pairs(s)[TEXTS])}
         config = dataclasses.asdict(self._config(s, first.family))
-        return {"config": config, "layer": s.crosscoder_layer(first.family), "max_length": s.preset.max_length}
+        return keys, {"config": config, "layer": s.crosscoder_layer(first.family)}
 
     def _config(self, s, family):
         return sparc.Config(topk=min(sparc.Config().topk, 4 * s.width(family)))
@@ -231,13 +208,10 @@ class PublishedCrosscoder(Stage):
         return pairs.head(s.preset.published_pairs).reset_index(drop=True)
 
     def make(self, s, folder, first, second):
-        streams = {}
-        for name, variant in zip(sparc.STREAMS, (first, second), strict=True):
-            model, tokenizer = s.load(variant)
-            streams[name] = activations.read(
-                model, tokenizer, self._pairs(s), layers=[s.crosscoder_layer(first.family)], position="prompt",
-                batch_size=s.preset.read_batch, formatter=s.format(variant.family), own=True,
-            ).chosen[:, 0]  # fmt: skip
+        options = s.reading(first.family) | {"layers": [s.crosscoder_layer(first.family)], "position": "prompt"}
+        models = (s.load(variant)[0] for variant in (first, second))
+        read = [activations.read(model, None, self._pairs(s), **options).chosen[:, 0] for model in models]
+        streams = dict(zip(sparc.STREAMS, read, strict=True))
         found = sparc.train(streams, self._config(s, first.family), device=s.device)
         table = sparc.classify(found, streams)
         tables = {"classes": table, "history": found.history}
@@ -256,23 +230,20 @@ class PublishedSae(Stage):
     Width 8 x d, k and steps in the published proportions to d and to the width."""
 
     name, group, title, ships = "published_sae", "dictionaries", "published autoencoder", True
+    each = "first_seeds"
 
-    def wanted(self, s):
-        return [(v,) for v in s.first_seeds()]
-
-    def inputs(self, s, variant):
-        layer = self._layer(s, variant)
-        return {
-            "train": s.key("tokens", variant, "train", (layer,), s.preset.dictionary_tokens),
-            "held out": s.key("tokens", variant, "measure", (layer,)),
-        }
-
-    def parameters(self, s, variant):
-        return {"config": dataclasses.asdict(self._config(s, variant)), "layer": self._layer(s, variant)}
+    def made_from(self, s, variant):
+        keys = {name: s.key("tokens", *args) for name, args in self._tokens(s, variant).items()}
+        return keys, {"config": dataclasses.asdict(self._config(s, variant)), "layer": self._layer(s, variant)}
 
     def _layer(self, s, variant) -> int:
         table = s.probes(variant).table("published.parquet")
         return int(table.layer[table.auroc.idxmax()])
+
+    def _tokens(self, s, variant) -> dict[str, tuple]:
+        layers = (self._layer(s, variant),)
+        train = variant, "train", layers, s.preset.dictionary_tokens
+        return {"train": train, "held out": (variant, "measure", layers)}
 
     def _config(self, s, variant):
         d = s.width(variant.family)
@@ -280,8 +251,7 @@ class PublishedSae(Stage):
 
     def make(self, s, folder, variant):
         layer = self._layer(s, variant)
-        train = s.tokens(variant, "train", (layer,), s.preset.dictionary_tokens)
-        held_out = s.tokens(variant, "measure", (layer,))
+        train, held_out = (s.tokens(*args) for args in self._tokens(s, variant).values())
         found = dictionaries.train({"pooled": train.at(layer)}, self._config(s, variant), device=s.device)
         streams = {"pooled": held_out.at(layer)}
         write_table(folder / "usage.parquet", latents.usage(found.codes(streams), held_out))
@@ -296,21 +266,17 @@ class Calibration(Stage):
 
     def wanted(self, s):
         """(regime, instrument, seed, samples) of the comparison of instruments, and of the curve over samples."""
-        p, out = s.preset, []
-        for regime in p.calibration_regimes:
-            for instrument in CALIBRATION_EPOCHS:
-                out += [(regime, instrument, seed, p.calibration_samples) for seed in range(p.calibration_seeds)]
-        fewer = [p.calibration_samples // share for share in (8, 4, 2)]
-        return out + [(r, "alignlens", seed, n) for r in p.calibration_regimes for n in fewer for seed in (0, 1)]
+        p, n = s.preset, s.preset.calibration_samples
+        all_seeds, fewer = range(p.calibration_seeds), [n // share for share in (8, 4, 2)]
+        out = product(p.calibration_regimes, CALIBRATION_EPOCHS, all_seeds, [n])
+        return [*out, *((r, "alignlens", seed, n) for r, n, seed in product(p.calibration_regimes, fewer, (0, 1)))]
 
     def label(self, s, regime, instrument, seed, samples):
         return f"{regime}-{instrument}-{samples}-seed{seed}"
 
-    def parameters(self, s, regime, instrument, seed, samples):
-        epochs = CALIBRATION_EPOCHS[instrument]
-        return {"regime": regime, "instrument": instrument, "seed": seed, "samples": samples, "epochs": epochs}
+    def made_from(self, s, regime, instrument, seed, samples):
+        world, epochs = {"regime": regime, "instrument": instrument, "seed": seed}, CALIBRATION_EPOCHS[instrument]
+        return {}, world | {"samples": samples, "epochs": epochs}
 
-    def make(self, s, folder, regime, instrument, seed, samples):
-        epochs = CALIBRATION_EPOCHS[instrument]
-        table = calibration.run(regime, seed, instrument, samples=samples, epochs=epochs)
-        write_table(folder / "score.parquet", table)
+    def make(self, s, folder, *args):
+        write_table(folder / "score.parquet", calibration.run(**self.made_from(s, *args)[1]))

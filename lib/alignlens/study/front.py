@@ -3,11 +3,9 @@
 Every result is an artifact keyed by what it depends on, so notebooks run alone and in any order, a killed run goes on
 where it stopped, and two studies can share a store."""
 
-from __future__ import annotations
-
 import glob
 import warnings
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
 
 import pandas as pd
@@ -19,11 +17,22 @@ from alignlens.core.errors import PreferenceError, PresetError
 from alignlens.core.store import Artifact, Store, content_hash
 from alignlens.preferences import tinyworld
 from alignlens.study import runner
-from alignlens.study.stages import STAGES
-from alignlens.study.variants import TEXTS, Source, Variant
+from alignlens.study.stages import STAGES, TEXTS, Source, Variant
 
 # Where and how fast a study runs does not name its results.
 PLACES = ("store", "figures", "jobs", "device", "shipped", "variants", "read_batch")
+
+
+def _once(method):
+    """The method, called once with the same arguments: keys, formats and sources are asked for thousands of times."""
+
+    @wraps(method)
+    def kept(self, *args):
+        if (method, args) not in self._kept:
+            self._kept[method, args] = method(self, *args)
+        return self._kept[method, args]
+
+    return kept
 
 
 class Study:
@@ -35,12 +44,10 @@ class Study:
         self.preset, self.progress = preset, progress
         shipped = settings.place(preset.shipped) if preset.shipped and preset.variants != "train" else ""
         self.store = Store(settings.place(preset.store), shipped if Path(shipped or "-").is_dir() else None)
-        self._kept: dict[tuple, object] = {}  # keys, formatters, sources: asked for thousands of times
-
-    def _once(self, what: str, argument, make):
-        if (what, argument) not in self._kept:
-            self._kept[what, argument] = make()
-        return self._kept[what, argument]
+        self._kept: dict[tuple, object] = {}
+        self.device = models.default_device() if preset.device == "auto" else preset.device
+        self._trust = {"trust_remote_code": preset.trust_remote_code}
+        self.placed = {"device": self.device, **self._trust}  # how models are loaded
 
     def __getattr__(self, name: str):
         if name in STAGES:
@@ -50,15 +57,13 @@ class Study:
     def get(self, name: str, *args) -> Artifact:
         """The artifact of a stage, from the store or made now."""
         stage = STAGES[name]
-        identity = stage.identity(self, *args)
-        return self.store.get(
-            stage.kind, stage.label(self, *args), lambda folder: stage.make(self, folder, *args), **identity
-        )
+        label, identity = stage.label(self, *args), stage.identity(self, *args)
+        return self.store.get(stage.kind, label, lambda folder: stage.make(self, folder, *args), **identity)
 
+    @_once
     def key(self, name: str, *args) -> str:
         """The key of a result, without making it."""
-        stage = STAGES[name]
-        return self._once(name, args, lambda: Store.key(stage.kind, **stage.identity(self, *args)))
+        return Store.key(STAGES[name].kind, **STAGES[name].identity(self, *args))
 
     def working(self, name: str, *args) -> Path:
         """Where a result that takes long keeps what it needs to go on after a kill."""
@@ -69,9 +74,8 @@ class Study:
 
         Shows one progress bar with what is being made. Later calls find everything in the store."""
         known = list(dict.fromkeys(stage.group for stage in STAGES.values()))
-        for group in groups or known:
-            if group not in known:
-                raise PresetError(f"stage {group!r} is unknown; choose from {', '.join(known)}")
+        if unknown := [group for group in groups if group not in known]:
+            raise PresetError(f"stage {unknown[0]!r} is unknown; choose from {', '.join(known)}")
         runner.run(self, runner.plan(self, groups or known))
 
     def ship(self, folder: str | Path) -> int:
@@ -91,9 +95,13 @@ class Study:
         fields["pairs"] = content_hash(self.pairs[TEXTS])
         return content_hash(fields)[:8]
 
-    @cached_property
-    def device(self) -> str:
-        return models.default_device() if self.preset.device == "auto" else self.preset.device
+    @property
+    def draws(self) -> dict:
+        return {"folds": self.preset.folds, "bootstrap": self.preset.bootstrap}
+
+    def reading(self, family: str) -> dict:
+        """How ``activations`` reads a model that this study has loaded for it."""
+        return {"batch_size": self.preset.read_batch, "formatter": self.format(family), "own": True}
 
     @property
     def tiny_world(self) -> bool:
@@ -120,53 +128,45 @@ class Study:
     def split_hash(self) -> str:
         return preferences.split_hash(self.pairs)
 
+    @_once
     def split_key(self, *names: str) -> str:
-        return self._once("split", names, lambda: content_hash(self.split(*names)[TEXTS]))
+        return content_hash(self.split(*names)[TEXTS])
 
+    @_once
     def measured(self, family: str) -> pd.DataFrame:
         """The measured pairs of a family: the same for all its models, whole prompts, none cut by ``max_length``."""
+        pairs = self.split("measure")
+        pairs = pairs[align.answerable(self.format(family).encode_pairs(pairs), self.limits(family).prompt).kept]
+        sizes = pairs.groupby("prompt_id", sort=False).size().cumsum()
+        pairs = pairs[pairs.prompt_id.isin(sizes.index[sizes <= self.preset.measured])].reset_index(drop=True)
+        preferences.check_folds(pairs, self.preset.folds)
+        return pairs
 
-        def make() -> pd.DataFrame:
-            pairs = self.split("measure")
-            encoded = self.format(family).encode_pairs(pairs)
-            pairs = pairs[align.answerable(encoded, self.limits(family).prompt).kept]
-            sizes = pairs.groupby("prompt_id", sort=False).size().cumsum()
-            pairs = pairs[pairs.prompt_id.isin(sizes.index[sizes <= self.preset.measured])].reset_index(drop=True)
-            preferences.check_folds(pairs, self.preset.folds)
-            return pairs
-
-        return self._once("measured", family, make)
-
+    @_once
     def encoded(self, family: str) -> preferences.Encoded:
         """The measured pairs as token ids, formatted once."""
-        return self._once("encoded", family, lambda: self.format(family).encode_pairs(self.measured(family)))
+        return self.format(family).encode_pairs(self.measured(family))
 
+    @_once
     def measured_key(self, family: str) -> str:
-        return self._once("measured key", family, lambda: content_hash(self.measured(family)[TEXTS]))
+        return content_hash(self.measured(family)[TEXTS])
 
+    @_once
     def format(self, family: str) -> preferences.Formatter:
         """The one formatter of a family, for training and for measuring."""
+        tokenizer = models.load_tokenizer(self.source(Variant(family, "base")).model, **self._trust)
+        return preferences.Formatter(tokenizer, max_length=self.limits(family).pair)
 
-        def make():
-            base = self.source(Variant(family, "base")).model
-            tokenizer = models.load_tokenizer(base, trust_remote_code=self.preset.trust_remote_code)
-            return preferences.Formatter(tokenizer, max_length=self.limits(family).pair)
-
-        return self._once("format", family, make)
-
+    @_once
     def limits(self, family: str) -> align.Limits:
         """Tokens of a pair, a prompt and a sampled answer at most: as the preset says, or what the base can hold."""
-
-        def find():
-            p, (name, revision) = self.preset, models.pinned(self.source(Variant(family, "base")).model)
-            config = AutoConfig.from_pretrained(name, **revision, trust_remote_code=p.trust_remote_code)
-            found = align.limits(config, p.max_length, p.response_tokens)
-            if self.progress and (found.pair, found.answer) != (p.max_length, p.response_tokens):
-                told = f"pairs have at most {found.pair} tokens, prompts {found.prompt}, sampled answers {found.answer}"
-                warnings.warn(f"{family}: max_length or response_tokens is too much for its base: {told}", stacklevel=2)
-            return found
-
-        return self._once("limits", family, find)
+        p, (name, revision) = self.preset, models.pinned(self.source(Variant(family, "base")).model)
+        config = AutoConfig.from_pretrained(name, **revision, **self._trust)
+        found = align.limits(config, p.max_length, p.response_tokens)
+        if self.progress and (found.pair, found.answer) != (p.max_length, p.response_tokens):
+            told = f"pairs have at most {found.pair} tokens, prompts {found.prompt}, sampled answers {found.answer}"
+            warnings.warn(f"{family}: max_length or response_tokens is too much for its base: {told}", stacklevel=3)
+        return found
 
     @property
     def families(self) -> list[str]:
@@ -209,10 +209,11 @@ class Study:
         """Whether samples can be scored at all."""
         return self.tiny_world or self.needs_reward_model
 
+    @_once
     def _content(self, place: str) -> str:
         """What a base or checkpoint is known by: the hash of a local one's files, the id (and revision) of a hub's."""
         local = _existing(place)
-        return self._once("content", place, lambda: content_hash(local)) if local else place
+        return content_hash(local) if local else place
 
     def weights(self, variant: Variant) -> str:
         """The key of a model's weights, without making them."""
@@ -223,33 +224,25 @@ class Study:
             return self._content(place)
         return self.key("random" if variant.method == "random" else "variant", variant)
 
+    @_once
     def source(self, variant: Variant) -> Source:
         """Where a variant's weights are, after making them if need be."""
-
-        def find() -> Source:
+        if variant.method == "base":
             place = self.preset.families[variant.family]
-            if variant.method == "base":
-                return Source(
-                    str(self.base(variant.family).path if place.startswith("tiny:") else _existing(place) or place)
-                )
-            parent, place = self.source(variant.base).model, self.checkpoint(variant.family, variant.method)
-            if not place:
-                made = self.get("random" if variant.method == "random" else "variant", variant)
-                return Source(parent, str(made.path))
-            found = str(_existing(place) or place)
-            return Source(parent, found) if self._has_adapter(variant) else Source(found)
-
-        return self._once("source", variant, find)
+            return Source(str(self.base(variant.family).path if place.startswith("tiny:") else _found(place)))
+        parent, place = self.source(variant.base).model, self.checkpoint(variant.family, variant.method)
+        if not place:
+            made = self.get("random" if variant.method == "random" else "variant", variant)
+            return Source(parent, str(made.path))
+        return Source(parent, _found(place)) if self._has_adapter(variant) else Source(_found(place))
 
     def load(self, variant: Variant):
         """(model, tokenizer) of a variant, an adapter merged into its base."""
-        source, remote = self.source(variant), self.preset.trust_remote_code
-        return models.load(source.model, source.adapter, device=self.device, trust_remote_code=remote)
+        return models.load(self.source(variant).model, self.source(variant).adapter, **self.placed)
 
+    @_once
     def _shape(self, family: str) -> dict:
-        base = self.source(Variant(family, "base")).model
-        remote = self.preset.trust_remote_code
-        return self._once("shape", family, lambda: models.describe(base, trust_remote_code=remote))
+        return models.describe(self.source(Variant(family, "base")).model, **self._trust)
 
     def width(self, family: str) -> int:
         """Dimensions of a family's residual stream."""
@@ -258,46 +251,36 @@ class Study:
     def dictionary_layers(self, family: str) -> tuple[int, ...]:
         """The layers at which dictionaries of a family are trained and read, the same for all its models."""
         depth, chosen = self._shape(family)["layers"], self.preset.dictionary_layers
-        if chosen == "spread":
-            return tuple(sorted({int(depth * share) for share in (0.25, 0.5, 0.75)}))
         settings.check_depth(chosen, depth, f"dictionary_layers ({family})", PresetError)
-        return chosen
+        return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4})) if chosen == "spread" else chosen
 
     def crosscoder_layer(self, family: str) -> int:
         """The middle one of the dictionary layers."""
         layers = self.dictionary_layers(family)
         return layers[len(layers) // 2]
 
-    def comparisons(self, family: str) -> list[tuple[str, Variant, Variant]]:
-        """What crosscoders compare: (name, first, second) of every method's first seed and of the nulls.
+    def comparisons(self, family: str | None = None, *, every: bool = False) -> list[tuple[str, Variant, Variant]]:
+        """What is compared, of one family or all: (name, first, second) of every method's first seed and of the nulls.
 
-        Nulls: "self" (the base with itself), "seeds" (two seeds of one method), "random" (a random direction)."""
+        Nulls: "self" (the base with itself), "seeds" (two seeds of one method), "random" (a random direction).
+        every : as geometry compares, all seeds and several random directions, but no "self"."""
+        if family is None:
+            return [compared for f in self.families for compared in self.comparisons(f, every=every)]
         base, seeds = Variant(family, "base"), {m: self.seeds_of(family, m) for m in self.methods}
-        out = [(m, base, Variant(family, m, seeds[m][0])) for m in self.methods]
-        out.append(("self", base, base))
-        several = sorted((m for m in self.methods if len(seeds[m]) > 1), key=lambda m: m != "dpo")
-        if several:
-            out.append(("seeds", *[Variant(family, several[0], seed) for seed in seeds[several[0]][:2]]))
+        own = [v for v in self.variants(family, base=False) if every or v.seed == seeds[v.method][0]]
+        out = [(v.method, base, v) for v in own] + ([] if every else [("self", base, base)])
+        if several := [m for m in self.methods if len(seeds[m]) > 1]:
+            method = min(several, key=lambda m: m != "dpo")
+            out.append(("seeds", *[Variant(family, method, seed) for seed in seeds[method][:2]]))
         if self.pattern(family):
-            out.append(("random", base, Variant(family, "random")))
-        return out
-
-    def geometry_comparisons(self, family: str) -> list[tuple[str, Variant, Variant]]:
-        """What geometry compares: (name, first, second) of all variants and of the nulls "seeds" and "random"."""
-        base = Variant(family, "base")
-        out = [(v.method, base, v) for v in self.variants(family, base=False)]
-        for name, first, second in self.comparisons(family):
-            if name == "seeds":
-                out.append((name, first, second))
-            elif name == "random":
-                out += [(name, base, Variant(family, "random", draw)) for draw in range(self.preset.null_draws)]
+            draws = range(self.preset.null_draws if every else 1)
+            out += [("random", base, Variant(family, "random", draw)) for draw in draws]
         return out
 
     def pattern(self, family: str) -> Variant | None:
         """The variant whose adapter a random direction is as large as: dpo, else the first method that has one."""
-        own = [v for v in self.first_seeds(base=False) if v.family == family]
-        own.sort(key=lambda v: v.method != "dpo")
-        return next((v for v in own if self._has_adapter(v)), None)
+        own = [v for v in self.first_seeds(base=False) if v.family == family and self._has_adapter(v)]
+        return min(own, key=lambda v: v.method != "dpo", default=None)
 
     def _has_adapter(self, variant: Variant) -> bool:
         place = self.checkpoint(variant.family, variant.method)
@@ -310,10 +293,12 @@ def _existing(path: str) -> Path | None:
         if candidate.exists() or any(glob.iglob(str(candidate))):
             return candidate.absolute()
     if preferences.is_local(path):
-        raise PreferenceError(
-            f"{path} does not exist, neither from the working directory nor from the project's folder"
-        )
+        raise PreferenceError(f"{path} does not exist, neither from the working directory nor in the project's folder")
     return None
+
+
+def _found(place: str) -> str:
+    return str(_existing(place) or place)
 
 
 def open(preset: str = "tiny", *, progress: bool = True, **overrides) -> Study:

@@ -1,51 +1,34 @@
 """Stages that measure a model, or a model against its base: streams, behaviour, probes, geometry, dose, causes."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 
 from alignlens import activations, behavior, causal, dictionaries, geometry, models, probes
 from alignlens.core.statistics import alternating_halves, standard_error
 from alignlens.core.store import content_hash, write_arrays, write_table
-from alignlens.study.stages import Stage
+from alignlens.study.stages import TEXTS, Stage
 from alignlens.study.training import judge
-from alignlens.study.variants import TEXTS
 
 PROTOCOLS = ("grouped", "published")
+DRAWS = ("folds", "bootstrap")
 CAUSAL = ("causal_pairs", "random_directions", "steer_strengths", "bootstrap", "folds", "sampled", "response_tokens")
-
-
-def draws(s) -> dict:
-    return {"folds": s.preset.folds, "bootstrap": s.preset.bootstrap}
 
 
 class Activations(Stage):
     """Residual streams of the family's measured pairs, or of other pairs, which ``what`` names."""
 
-    name = "activations"
-
-    def wanted(self, s):
-        return [(v,) for v in s.variants()]
+    name, fields = "activations", ("position", "max_length")
 
     def label(self, s, variant, what="measured", pairs=None):
         return f"{variant.label}-{what}"
 
-    def inputs(self, s, variant, what="measured", pairs=None):
+    def made_from(self, s, variant, what="measured", pairs=None):
         key = s.measured_key(variant.family) if pairs is None else content_hash(pairs[TEXTS])
-        return {"model": s.weights(variant), "pairs": key}
-
-    def parameters(self, s, variant, *_):
-        p = s.preset
-        return {"position": p.position, "layers": p.layers_measured, "max_length": p.max_length}
+        return {"model": s.weights(variant), "pairs": key}, {"layers": s.preset.layers_measured}
 
     def make(self, s, folder, variant, what="measured", pairs=None):
-        p = s.preset
-        model, tokenizer = s.load(variant)
-        found = activations.read(
-            model, tokenizer, s.encoded(variant.family) if pairs is None else pairs, layers=p.layers_measured,
-            position=p.position, batch_size=p.read_batch, formatter=s.format(variant.family), own=True,
-        )  # fmt: skip
+        pairs = s.encoded(variant.family) if pairs is None else pairs
+        found = _read(s, s.load(variant)[0], variant.family, pairs, s.preset.layers_measured)
         found.save(folder)
         return {"pairs": len(found.prompt_id), "what": what}
 
@@ -53,26 +36,25 @@ class Activations(Stage):
         return activations.Activations.load(artifact.path)
 
 
+def _read(s, model, family: str, pairs, layers) -> activations.Activations:
+    options = s.reading(family) | {"position": s.preset.position}
+    return activations.read(model, None, pairs, layers=layers, **options)
+
+
 class Tokens(Stage):
     """Residual streams at every response token, ``activations.Tokens``, memory-mapped from the store.
 
     split : "measure" (the family's measured pairs) or "train" (all other pairs: what dictionaries are trained on)."""
 
-    name = "tokens"
-
-    def wanted(self, s):
-        return [(v,) for v in s.first_seeds()]
+    name, each, fields = "tokens", "first_seeds", ("max_length",)
 
     def label(self, s, variant, split="measure", *_):
         return f"{variant.label}-{split}"
 
-    def inputs(self, s, variant, split="measure", *_):
+    def made_from(self, s, variant, split="measure", layers=None, limit=None):
         pairs = s.measured_key(variant.family) if split == "measure" else s.split_key("train", "reward")
-        return {"model": s.weights(variant), "pairs": pairs}
-
-    def parameters(self, s, variant, split="measure", layers=None, limit=None):
-        layers = layers or s.dictionary_layers(variant.family)
-        return {"layers": layers, "limit": limit, "max_length": s.preset.max_length}
+        parameters = {"layers": layers or s.dictionary_layers(variant.family), "limit": limit}
+        return {"model": s.weights(variant), "pairs": pairs}, parameters
 
     def make(self, s, folder, *args):
         return {"tokens": len(read_tokens(s, folder, *args).row)}
@@ -83,31 +65,21 @@ class Tokens(Stage):
 
 def read_tokens(s, folder, variant, split="measure", layers=None, limit=None) -> activations.Tokens:
     """What ``Tokens`` stores; with folder None it is kept in memory."""
-    model, tokenizer = s.load(variant)
-    return activations.read_tokens(
-        model, tokenizer, s.encoded(variant.family) if split == "measure" else s.split("train", "reward"),
-        layers=list(layers or s.dictionary_layers(variant.family)), limit=limit, folder=folder,
-        batch_size=s.preset.read_batch, formatter=s.format(variant.family), own=True,
-    )  # fmt: skip
+    pairs = s.encoded(variant.family) if split == "measure" else s.split("train", "reward")
+    options = {"layers": list(layers or s.dictionary_layers(variant.family)), "limit": limit, "folder": folder}
+    return activations.read_tokens(s.load(variant)[0], None, pairs, **options, **s.reading(variant.family))
 
 
 class Behavior(Stage):
     """Log-probabilities and samples of one model on the measured pairs: a table, one row a pair."""
 
-    name = "behavior"
+    name, fields = "behavior", ("sampled",)
 
-    def wanted(self, s):
-        return [(v,) for v in s.variants()]
-
-    def inputs(self, s, variant):
+    def made_from(self, s, variant):
         keys = {"model": s.weights(variant), "base": s.weights(variant.base), "pairs": s.measured_key(variant.family)}
-        if s.needs_reward_model:
-            keys["judge"] = s.key("reward_model", variant.family, 0)
-        return keys if s.judged else keys | {"judge": "nobody"}
-
-    def parameters(self, s, variant):
-        p = s.preset
-        return {"sampled": p.sampled, "tokens": p.response_tokens, "seed": variant.seed, "max": p.max_length}
+        if s.needs_reward_model or not s.judged:
+            keys["judge"] = s.key("reward_model", variant.family, 0) if s.judged else "nobody"
+        return keys, {"tokens": s.preset.response_tokens, "seed": variant.seed, "max": s.preset.max_length}
 
     def make(self, s, folder, variant):
         # A merged model samples about twice as fast as one with its adapter beside it, so the base is loaded too.
@@ -134,31 +106,25 @@ class Probes(Stage):
     ``null_published`` (permuted signs), for a variant ``transfer`` against its base. ``scores.safetensors`` holds
     out-of-fold scores, labels, folds and pairs of both protocols."""
 
-    name, title = "probes", "activations and probes"
+    name, title, fields = "probes", "activations and probes", (*DRAWS, "permutations")
 
-    def wanted(self, s):
-        return [(v,) for v in s.variants()]
-
-    def inputs(self, s, variant):
-        return {name: s.key("activations", v) for name, v in (("activations", variant), ("base", variant.base))}
-
-    def parameters(self, s, variant):
-        return draws(s) | {"permutations": s.preset.permutations}
+    def made_from(self, s, variant):
+        return {"activations": s.key("activations", variant), "base": s.key("activations", variant.base)}, {}
 
     def make(self, s, folder, variant):
         p, own = s.preset, s.activations(variant)
         sides = (own.chosen, own.rejected, own.prompt_id)
         tables, arrays = {}, {}
         for protocol in PROTOCOLS:
-            tables[protocol] = probes.fit_layers(*sides, protocol=protocol, **draws(s))
-            out = probes.out_of_fold(*sides, protocol=protocol, folds=p.folds)
+            options = {"protocol": protocol, "folds": p.folds}
+            tables[protocol] = probes.fit_layers(*sides, **options, bootstrap=p.bootstrap)
+            out = probes.out_of_fold(*sides, **options)
             arrays |= {f"{protocol}.{n}": getattr(out, n) for n in ("scores", "labels", "fold_ids", "pair_ids")}
             if variant.method == "base":
-                tables[f"null_{protocol}"] = probes.permuted_sign_null(
-                    *sides, protocol=protocol, folds=p.folds, permutations=p.permutations
-                )
+                null = probes.permuted_sign_null(*sides, **options, permutations=p.permutations)
+                tables[f"null_{protocol}"] = null
         if variant.method != "base":
-            tables["transfer"] = probes.transfer(s.activations(variant.base), own, own.prompt_id, **draws(s))
+            tables["transfer"] = probes.transfer(s.activations(variant.base), own, own.prompt_id, **s.draws)
         for name, table in tables.items():
             write_table(folder / f"{name}.parquet", table.assign(layer=own.layers))
         write_arrays(folder / "scores.safetensors", arrays)
@@ -169,19 +135,13 @@ class Geometry(Stage):
 
     Tables: ``geometry`` (``geometry.compare_layers``) and ``decomposition`` (``geometry.decompose``)."""
 
-    name = "geometry"
+    name, fields = "geometry", DRAWS
 
     def wanted(self, s):
-        return [pair for family in s.families for _, *pair in s.geometry_comparisons(family)]
+        return [(first, second) for _, first, second in s.comparisons(every=True)]
 
-    def label(self, s, first, second):
-        return f"{first.label}-vs-{second.label}"
-
-    def inputs(self, s, first, second):
-        return {"first": s.key("activations", first), "second": s.key("activations", second)}
-
-    def parameters(self, s, *_):
-        return draws(s)
+    def made_from(self, s, first, second):
+        return {"first": s.key("activations", first), "second": s.key("activations", second)}, {}
 
     def make(self, s, folder, first, second):
         for name, table in _compared(s, s.activations(first), s.activations(second)).items():
@@ -191,7 +151,7 @@ class Geometry(Stage):
 def _compared(s, first, second) -> dict[str, pd.DataFrame]:
     tables = {
         "geometry": geometry.compare_layers(first, second, first.prompt_id),
-        "decomposition": geometry.decompose(first, second, first.prompt_id, **draws(s)),
+        "decomposition": geometry.decompose(first, second, first.prompt_id, **s.draws),
     }
     return {name: table.assign(layer=first.layers) for name, table in tables.items()}
 
@@ -201,17 +161,14 @@ class Dose(Stage):
 
     Tables, all with a column share: ``behavior`` (``behavior.compare``), ``geometry``, ``decomposition``."""
 
-    name, version, title, ships = "dose", 2, "part of the way", True
+    name, version, title, ships, fields = "dose", 2, "part of the way", True, DRAWS
 
     def wanted(self, s):
         return [(v,) for v in s.first_seeds(base=False)]
 
-    def inputs(self, s, variant):
+    def made_from(self, s, variant):
         whole = {"behavior": s.key("behavior", variant), "geometry": s.key("geometry", variant.base, variant)}
-        return whole | {"reference": s.key("behavior", variant.base)}
-
-    def parameters(self, s, variant):
-        return {"shares": s.preset.dose_shares} | draws(s)
+        return whole | {"reference": s.key("behavior", variant.base)}, {"shares": s.preset.dose_shares}
 
     def make(self, s, folder, variant):
         parts = [self._at(s, variant, share) for share in s.preset.dose_shares]
@@ -219,15 +176,12 @@ class Dose(Stage):
             write_table(folder / f"{name}.parquet", pd.concat([part[name] for part in parts]))
 
     def _at(self, s, variant, share) -> dict[str, pd.DataFrame]:
-        p, reference, model = s.preset, s.load(variant.base)[0], s.load(variant)[0]
+        reference, model = s.load(variant.base)[0], s.load(variant)[0]
         models.interpolate(reference, model, share)
         table, before = behave(s, variant, model, reference), s.activations(variant.base)
-        after = activations.read(
-            model, None, s.encoded(variant.family), layers=before.layers, position=p.position, batch_size=p.read_batch,
-            formatter=s.format(variant.family), own=True,
-        )  # fmt: skip
-        tables = {"behavior": behavior.compare([table], s.behavior(variant.base), bootstrap=p.bootstrap)}
-        tables |= _compared(s, before, after)
+        after = _read(s, model, variant.family, s.encoded(variant.family), before.layers)
+        table = behavior.compare([table], s.behavior(variant.base), bootstrap=s.preset.bootstrap)
+        tables = {"behavior": table} | _compared(s, before, after)
         return {name: table.assign(share=share) for name, table in tables.items()}
 
 
@@ -239,39 +193,29 @@ class Causal(Stage):
     (``causal.steer``, ``ablate``, ``ablate_latents``) and, of a variant, ``patching`` (``causal.patch`` both ways,
     column into: the model that gets the other's stream)."""
 
-    name, title, ships = "causal", "interventions", True
+    name, title, ships, each, fields = "causal", "interventions", True, "first_seeds", CAUSAL
 
-    def wanted(self, s):
-        return [(v,) for v in s.first_seeds()]
-
-    def inputs(self, s, variant):
+    def made_from(self, s, variant):
         keys = {f"{stage} of {v.method}": s.key(stage, v) for v in (variant, variant.base)
                 for stage in ("activations", "latents")}  # fmt: skip
-        return keys | {"reference": s.key("behavior", variant.base)}
-
-    def parameters(self, s, variant):
-        found = {name: getattr(s.preset, name) for name in CAUSAL}
+        keys |= {"reference": s.key("behavior", variant.base)}
         # Samples are drawn batch by batch: if there are several, their size is a parameter.
         several = s.judged and s.preset.read_batch < min(s.preset.sampled, s.preset.causal_pairs)
-        return found | ({"read_batch": s.preset.read_batch} if several else {})
+        return keys, {"read_batch": s.preset.read_batch} if several else {}
 
     def make(self, s, folder, variant):
         p, layer, format = s.preset, s.crosscoder_layer(variant.family), s.format(variant.family)
         pairs, fitted = causal_halves(s, variant.family)
         said = s.behavior(variant.base).set_index("row").loc[pairs.index]
+        margin = (said.chosen_logprob - said.rejected_logprob).to_numpy()
         bridged = activations.bridge(s.load(variant)[0], own=True)
         inputs, common = (bridged, format, pairs), {"batch_size": p.read_batch, "bootstrap": p.bootstrap}
-        options = common | {
-            "layer": layer, "random": p.random_directions,
-            "reference": (said.chosen_logprob - said.rejected_logprob).to_numpy(),
-        }  # fmt: skip
+        options = common | {"layer": layer, "random": p.random_directions, "reference": margin}
         directions, told = _directions(s, variant, layer, fitted), _told_latents(s, variant, layer)
         found = read_dictionary(s.sae(variant.family, layer, 0), [layer])
-        written = {f"latent {i}": found.decoder[i] for i in told}
-        tables = [
-            causal.steer(*inputs, directions | written, strength=p.steer_strengths, **options),
-            causal.ablate(*inputs, directions, **options),
-        ]
+        written = directions | {f"latent {i}": found.decoder[i] for i in told}
+        tables = [causal.steer(*inputs, written, strength=p.steer_strengths, **options)]
+        tables.append(causal.ablate(*inputs, directions, **options))
         if told:
             removed = causal.ablate_latents(*inputs, found, told, **options)
             tables.append(removed.assign(name="latent " + removed["name"]))
@@ -312,14 +256,14 @@ def _directions(s, variant, layer: int, fitted: np.ndarray) -> dict[str, np.ndar
     return directions
 
 
-def _told_latents(s, variant, layer: int, count: int = 2) -> list[int]:
+def _told_latents(s, variant, layer: int) -> list[int]:
     """Latents to test: of a base the clearest preference effects, of a variant the clearest changes of it."""
     name, column = ("usage", "effect") if variant.method == "base" else ("change", "effect_change")
     table = s.latents(variant).table(f"{name}.parquet").query("layer == @layer")
     used = s.latents(variant.base).table("usage.parquet").query("layer == @layer")
     often = table.latent.map(used.set_index("latent").density) > 1e-3
     error = standard_error(table[f"{column}_low"], table[f"{column}_high"], least=1e-9)
-    return table.assign(strength=table[column].abs() / error)[often].nlargest(count, "strength").latent.tolist()
+    return table.assign(strength=table[column].abs() / error)[often].nlargest(2, "strength").latent.tolist()
 
 
 def _sampled_steering(s, family, inputs, directions, options) -> pd.DataFrame:

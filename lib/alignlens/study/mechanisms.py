@@ -3,8 +3,6 @@
 The names of the nulls stand in the column method: "self" (the base with itself), "seeds" (two seeds of one method) and
 "random" (adapters of random direction, each as large as a variant's)."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np
@@ -26,17 +24,15 @@ class LatentReader:
     tokens: object
     tokenizer: object
 
-    def examples(self, latent: int, *, before: int = 8, after: int = 3) -> pd.DataFrame:
+    def examples(self, latent: int) -> pd.DataFrame:
         """``latents.examples`` with text: the response around each token, the token itself in brackets."""
         table = latents.examples(self.codes, self.tokens, latent)
-        return table.assign(text=[self._around(i, before, after) for i in table["index"]])
+        return table.assign(text=[self._around(i) for i in table["index"]])
 
-    def _around(self, index: int, before: int, after: int) -> str:
+    def _around(self, index: int, before: int = 8, after: int = 3) -> str:
         ids, place = self.tokens.token_id, self.tokens.place
-        first = index - int(place[index])
-        later = np.flatnonzero(place[index + 1 :] == 0)
-        last = index + 1 + int(later[0]) if len(later) else len(place)
-        left, right = ids[max(first, index - before) : index], ids[index + 1 : min(last, index + 1 + after)]
+        left, right = ids[index - min(before, place[index]) : index], ids[index + 1 : index + 1 + after]
+        right = right[: np.append(place[index + 1 :][:after], 0).argmin()]  # the next response begins at place 0
         left, token, right = map(self.tokenizer.decode, (left, ids[index : index + 1], right))
         return f"{left}[{token}]{right}"
 
@@ -54,14 +50,13 @@ def crosscoders(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
     (family, method, the columns of ``dictionaries.classify``, rows), (family, method, those of
     ``dictionaries.evaluate``)."""
     tables, qualities = [], []
-    for family in study.families:
-        layer = study.crosscoder_layer(family)
-        for name, first, second in study.comparisons(family):
-            found = features.read_dictionary(study.crosscoder(first, second), [layer])
-            streams = {"base": study.tokens(first).at(layer), "aligned": study.tokens(second).at(layer)}
-            facts = {"family": family, "method": name, "layer": layer, "rows": len(streams["base"])}
-            tables.append(dictionaries.classify(found, streams).assign(**facts))
-            qualities.append({**facts, **dictionaries.evaluate(found, streams)})
+    for name, first, second in study.comparisons():
+        layer = study.crosscoder_layer(first.family)
+        found = features.read_dictionary(study.crosscoder(first, second), [layer])
+        streams = {"base": study.tokens(first).at(layer), "aligned": study.tokens(second).at(layer)}
+        facts = {"family": first.family, "method": name, "layer": layer, "rows": len(streams["base"])}
+        tables.append(dictionaries.classify(found, streams).assign(**facts))
+        qualities.append({**facts, **dictionaries.evaluate(found, streams)})
     return pd.concat(tables, ignore_index=True), pd.DataFrame(qualities)
 
 
@@ -69,11 +64,10 @@ def label_shares(table: pd.DataFrame) -> pd.DataFrame:
     """Share of live latents under each label: family, method, label, share, count, and dead, the share of all."""
     out = []
     for (family, method), part in table.groupby(["family", "method"], sort=False):
-        live = part[part.label != "dead"]
+        counts, live = part.label.value_counts(), int((part.label != "dead").sum())
         for name in dictionaries.LABELS[1:]:
-            count = int((live.label == name).sum())
-            row = {"family": family, "method": method, "label": name, "share": count / max(len(live), 1)}
-            out.append(row | {"count": count, "dead": 1 - len(live) / len(part)})
+            row = {"family": family, "method": method, "label": name, "share": counts.get(name, 0) / max(live, 1)}
+            out.append(row | {"count": counts.get(name, 0), "dead": 1 - live / len(part)})
     return pd.DataFrame(out)
 
 
@@ -83,19 +77,15 @@ def published_classes(study: Study) -> pd.DataFrame:
     family, method, thresholds, class, share (of all latents, as published), sharing (feature sharing ratio), fve, r2,
     dead_published, dead_share."""
     out = []
-    for family in study.families:
-        for name, first, second in study.comparisons(family):
-            artifact = study.published_crosscoder(first, second)
-            table, quality = artifact.table("classes.parquet"), artifact.json("facts.json")["quality"]
-            for kind in ("adaptive", "fixed"):
-                labels = table.label if kind == "adaptive" else sparc.labels(table, sparc.FIXED)
-                share = pd.Series(labels).value_counts(normalize=True)
-                row = {
-                    "family": family, "method": name, "thresholds": kind,
-                    "sharing": sparc.feature_sharing_ratio(table.assign(label=labels))["single_layer"],
-                    "fve": quality["fve_published"],
-                } | {n: quality[n] for n in ("r2", "dead_published", "dead_share")}  # fmt: skip
-                out += [row | {"class": n, "share": float(share.get(n, 0.0))} for n in sparc.CLASSES]
+    for name, first, second in study.comparisons():
+        artifact = study.published_crosscoder(first, second)
+        table, quality = artifact.table("classes.parquet"), artifact.json("facts.json")["quality"]
+        facts = {"fve": quality["fve_published"]} | {n: quality[n] for n in ("r2", "dead_published", "dead_share")}
+        for kind, labels in (("adaptive", table.label), ("fixed", sparc.labels(table, sparc.FIXED))):
+            share = pd.Series(labels).value_counts(normalize=True)
+            sharing = sparc.feature_sharing_ratio(table.assign(label=labels))["single_layer"]
+            row = {"family": first.family, "method": name, "thresholds": kind, "sharing": sharing, **facts}
+            out += [row | {"class": n, "share": float(share.get(n, 0.0))} for n in sparc.CLASSES]
     return pd.DataFrame(out)
 
 
@@ -104,10 +94,10 @@ def geometry_table(study: Study, name: str) -> pd.DataFrame:
 
     Of the null "random" the seed numbers the draw."""
     out = []
-    for family in study.families:
-        for method, first, second in study.geometry_comparisons(family):
-            table = study.geometry(first, second).table(f"{name}.parquet")
-            out.append(pd.DataFrame({"family": family, "method": method, "seed": second.seed}, table.index).join(table))
+    for method, first, second in study.comparisons(every=True):
+        table = study.geometry(first, second).table(f"{name}.parquet")
+        facts = {"family": first.family, "method": method, "seed": second.seed}
+        out.append(pd.DataFrame(facts, table.index).join(table))
     return pd.concat(out, ignore_index=True)
 
 
@@ -130,7 +120,6 @@ def pairs_needed(study: Study, shares=(0.2, 0.4, 0.6, 0.8, 1.0)) -> pd.DataFrame
     """The decomposition at the reference layer with fewer prompts: how many does it take to see a turned signal?
 
     One method (dpo, if there) and the nulls of each family: family, method, pairs, then ``geometry.decompose``."""
-    draws = {"folds": study.preset.folds, "bootstrap": study.preset.bootstrap}
     rows = []
     for family, layer in reference_layers(study).items():
         found = {name: pair for name, *pair in study.comparisons(family)}
@@ -141,7 +130,7 @@ def pairs_needed(study: Study, shares=(0.2, 0.4, 0.6, 0.8, 1.0)) -> pd.DataFrame
             for share in shares:
                 few = order < share * (order.max() + 1)
                 sides = (tuple(x[few][:, None] for x in model.at(layer)) for model in (first, second))
-                table = geometry.decompose(*sides, first.prompt_id[few], **draws).assign(layer=layer)
+                table = geometry.decompose(*sides, first.prompt_id[few], **study.draws).assign(layer=layer)
                 facts = {"family": family, "method": name, "pairs": int(few.sum())}
                 rows.append(pd.DataFrame(facts, table.index).join(table))
     return pd.concat(rows, ignore_index=True)
@@ -205,9 +194,8 @@ def matched_dose(path: pd.DataFrame, dose: float) -> pd.DataFrame:
         for name in names:
             ends = {"value": name, "low": f"{name}_low", "high": f"{name}_high"}
             values = {k: np.interp(dose, way.kl, way[c]) if reached else np.nan for k, c in ends.items()}
-            last = way[name][way.share == 1].iloc[0]
-            facts = {"family": family, "method": method, "measure": name}
-            rows.append(facts | values | {"last": last, "reached": reached})
+            values |= {"last": way[name][way.share == 1].iloc[0], "reached": reached}
+            rows.append({"family": family, "method": method, "measure": name, **values})
     return pd.DataFrame(rows)
 
 

@@ -1,7 +1,5 @@
 """Run the study's notebooks through papermill, one after another, executed copies beside the figures."""
 
-from __future__ import annotations
-
 import logging
 import os
 import time
@@ -37,18 +35,14 @@ def run(name: str, parameters: dict, *, folder: str | Path | None = None) -> Pat
     source = settings.home() / "notebooks" / f"{name}.ipynb"
     folder = Path(folder or settings.place(preset.figures)) / preset.name
     folder.mkdir(parents=True, exist_ok=True)
-    target, failed = folder / f"{name}.ipynb", folder / f"{name}.failed.ipynb"
-    start = time.perf_counter()
+    target, failed, start = folder / f"{name}.ipynb", folder / f"{name}.failed.ipynb", time.perf_counter()
     print(f"{name} ...", end=" ", flush=True)
+    options = {"kernel_name": "python3", "progress_bar": False, "config": SOCKETS}
     try:
-        papermill.execute_notebook(
-            str(source), str(failed), parameters=parameters, kernel_name="python3", progress_bar=False, config=SOCKETS
-        )
+        papermill.execute_notebook(str(source), str(failed), parameters=parameters, **options)
     except PapermillExecutionError as error:
-        raise NotebookError(
-            f"{name}.ipynb stopped in cell {error.exec_count}: {error.ename}: {error.evalue}. "
-            f"Open {os.path.relpath(failed)} to see where"
-        ) from None
+        what = f"{name}.ipynb stopped in cell {error.exec_count}: {error.ename}: {error.evalue}"
+        raise NotebookError(f"{what}. Open {os.path.relpath(failed)} to see where") from None
     _tidy(failed, name, preset.name)
     os.replace(failed, target)
     print(f"{time.perf_counter() - start:.0f} s", flush=True)
@@ -62,8 +56,7 @@ def _tidy(path: Path, name: str, preset: str) -> None:
     for cell in done.cells:
         for output in cell.get("outputs", []):
             if output.output_type == "stream":
-                lines = [line.rsplit("\r", 1)[-1] for line in output.text.split("\n")]
-                output.text = "\n".join(lines)
+                output.text = "\n".join(line.rsplit("\r", 1)[-1] for line in output.text.split("\n"))
             elif "image/png" in output.get("data", {}):
                 output.data["image/png"] = b64encode(shrink(b64decode(output.data["image/png"]))).decode()
     nbformat.write(done, path)

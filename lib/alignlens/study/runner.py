@@ -1,7 +1,5 @@
 """Many results at once: what has to be made in which order, on several processes, behind one progress bar."""
 
-from __future__ import annotations
-
 import os
 import sys
 import threading
@@ -17,8 +15,7 @@ from tqdm import tqdm
 from alignlens import models
 from alignlens.core.errors import AlignlensError
 from alignlens.core.store import PROGRESS
-from alignlens.study.stages import STAGES
-from alignlens.study.variants import Variant
+from alignlens.study.stages import STAGES, Variant
 
 TERMINAL = "ALIGNLENS_TERMINAL"  # names the terminal, for kernels that are started from a notebook and have none
 with suppress(OSError, ValueError):
@@ -28,20 +25,16 @@ with suppress(OSError, ValueError):
 def plan(study, groups) -> list[list[tuple[str, tuple]]]:
     """Steps of tasks (stage, arguments), one step after the other: what others need first, bases before variants."""
     names = [name for group in groups for name, stage in STAGES.items() if stage.group == group]
-    steps = []
-    for name in dict.fromkeys(n for asked in names for n in (*_before(asked), asked)):
+    steps, bases = [], [(Variant(family, "base"),) for family in study.families]
+    for name in dict.fromkeys(n for asked in names for n in _with_earlier(asked)):
         tasks = [(name, args) for args in STAGES[name].wanted(study)]
-        of_bases = [task for task in tasks if _is_base(task[1])]
+        of_bases = [task for task in tasks if task[1] in bases]
         steps += [of_bases, [task for task in tasks if task not in of_bases]]
     return [step for step in steps if step]
 
 
-def _before(name: str) -> list[str]:
-    return [n for first in STAGES[name].after for n in (*_before(first), first)]
-
-
-def _is_base(args: tuple) -> bool:
-    return len(args) == 1 and isinstance(args[0], Variant) and args[0].method == "base"
+def _with_earlier(name: str) -> list[str]:
+    return [*(n for first in STAGES[name].after for n in _with_earlier(first)), name]
 
 
 def run(study, steps: list[list[tuple[str, tuple]]]) -> None:
@@ -49,9 +42,9 @@ def run(study, steps: list[list[tuple[str, tuple]]]) -> None:
 
     What fails, or whose process is killed, is named once all others of its step are made: AlignlensError."""
     total, start, running = sum(map(len, steps)), time.perf_counter(), []
-    # A plain bar, not a widget: widgets stand at 0 % for ever in an executed copy.
     quiet = not study.progress or not total
     file = _Line() if "ipykernel" in sys.modules and not quiet else sys.stdout
+    # A plain bar, not a widget: widgets stand at 0 % for ever in an executed copy.
     bar = tqdm(total=total, disable=quiet, file=file, leave=False)
     threading.Thread(target=_describe, args=(bar, study, running), daemon=True).start()
     with bar, _processes(study, total) as pools:
@@ -84,11 +77,10 @@ def _side_by_side(study, tasks, running, pools):
             task, pool = waiting.pop(), free.pop()
             work = _work, type(study), study.preset, *task
             try:
-                future = pool.submit(*work)
+                busy[pool.submit(*work)] = task, pool
             except BrokenProcessPool:  # it was killed while it had nothing to do
                 pool = _renewed(pools, pool)
-                future = pool.submit(*work)
-            busy[future] = task, pool
+                busy[pool.submit(*work)] = task, pool
         running[:] = [task for task, _ in busy.values()]
         for future in wait(busy, return_when=FIRST_COMPLETED).done:
             (task, pool), error = busy.pop(future), future.exception()
@@ -116,8 +108,8 @@ def _raise(study, failed: dict) -> None:
 
 
 def _title(study, task) -> str:
-    name, args = task
-    return f"{STAGES[name].title} {STAGES[name].label(study, *args)}"
+    stage = STAGES[task[0]]
+    return f"{stage.title} {stage.label(study, *task[1])}"
 
 
 def _describe(bar, study, running: list) -> None:
@@ -128,8 +120,9 @@ def _describe(bar, study, running: list) -> None:
 
 
 def _progress(study, name: str, args: tuple) -> str:
-    with suppress(OSError, AlignlensError):
-        return f" ({(study.working(name, *args) / PROGRESS).read_text()})" if STAGES[name].resumes else ""
+    if STAGES[name].resumes:
+        with suppress(OSError, AlignlensError):
+            return f" ({(study.working(name, *args) / PROGRESS).read_text()})"
     return ""
 
 
@@ -146,8 +139,7 @@ class _Line:
         with suppress(OSError), open(os.environ.get(TERMINAL, os.devnull), "w") as terminal:
             terminal.write(text)
 
-    def flush(self) -> None:
-        pass
+    def flush(self) -> None: ...
 
 
 @contextmanager
@@ -173,8 +165,7 @@ def _process() -> ProcessPoolExecutor:
 
 def _start_worker() -> None:
     """A worker ends with the notebook that started it: a killed kernel leaves nobody training."""
-    parent = parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
     models.one_thread()
 
 

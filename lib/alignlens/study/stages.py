@@ -4,11 +4,36 @@ A stage is declared by subclassing ``Stage``; nothing else knows of it. Its key 
 parameters and its version, so a change anywhere upstream reaches everything downstream. ``STAGES`` holds them in the
 order of their declaration, which is the order of work."""
 
-from __future__ import annotations
-
+from dataclasses import dataclass
 from pathlib import Path
 
-STAGES: dict[str, Stage] = {}
+STAGES: dict[str, "Stage"] = {}
+TEXTS = ["prompt", "chosen", "rejected"]
+
+
+@dataclass(frozen=True, order=True)
+class Variant:
+    """One model of a study: a family, a method, a control, "base" or "random" (a null), and a seed."""
+
+    family: str
+    method: str
+    seed: int = 0
+
+    @property
+    def label(self) -> str:
+        return f"{self.family}-base" if self.method == "base" else f"{self.family}-{self.method}-seed{self.seed}"
+
+    @property
+    def base(self) -> "Variant":
+        return Variant(self.family, "base")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: what Transformers loads, and an adapter on top if any."""
+
+    model: str
+    adapter: str | None = None
 
 
 class Stage:
@@ -16,8 +41,9 @@ class Stage:
 
     name : attribute of the study that asks for it. version : raised by hand when results change. kind : folder in the
     store, by default the name. group : what ``Study.make_all`` calls it. title : in the progress bar. after : stages to
-    finish before its tasks run side by side. ships : whether ``Study.ship`` copies it. resumes : whether ``make`` goes
-    on after a kill, from ``Study.working``, and says there how far it is."""
+    finish before its tasks run side by side. each : the study's method that lists the models it is wanted of. fields :
+    of the preset, that are parameters. ships : whether ``Study.ship`` copies it. resumes : whether ``make`` goes on
+    after a kill, from ``Study.working``, and says there how far it is."""
 
     name: str
     version: int = 1
@@ -25,6 +51,8 @@ class Stage:
     group: str = ""
     title: str = ""
     after: tuple[str, ...] = ("variant",)
+    each: str = "variants"
+    fields: tuple[str, ...] = ()
     ships: bool = False
     resumes: bool = False
 
@@ -35,18 +63,15 @@ class Stage:
 
     def wanted(self, s) -> list[tuple]:
         """Arguments of all results that a whole study has."""
-        raise NotImplementedError
+        return [(variant,) for variant in getattr(s, self.each)()]
 
     def label(self, s, *args) -> str:
         """Names the artifact's folder, for readers only."""
-        return args[0].label
+        return "-vs-".join(arg.label for arg in args if isinstance(arg, Variant))
 
-    def inputs(self, s, *args) -> dict[str, str]:
-        """Name -> key of everything it is made from."""
-        return {}
-
-    def parameters(self, s, *args) -> dict:
-        return {}
+    def made_from(self, s, *args) -> tuple[dict[str, str], dict]:
+        """Inputs, name -> key of everything it is made from; and parameters besides ``fields``."""
+        return {}, {}
 
     def make(self, s, folder: Path, *args) -> dict | None:
         """Write the files into the folder; returns small facts for the manifest."""
@@ -57,4 +82,6 @@ class Stage:
         return artifact
 
     def identity(self, s, *args) -> dict:
-        return {"inputs": self.inputs(s, *args), "parameters": self.parameters(s, *args), "version": self.version}
+        inputs, parameters = self.made_from(s, *args)
+        parameters |= {name: getattr(s.preset, name) for name in self.fields}
+        return {"inputs": inputs, "parameters": parameters, "version": self.version}

@@ -1,9 +1,8 @@
 """Tables over a whole study that several notebooks need. Each function takes a ``study.Study``."""
 
-from __future__ import annotations
-
 import dataclasses
 from functools import cache
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -22,9 +21,7 @@ def collect(study: Study, make, variants=None) -> pd.DataFrame:
     out = []
     for variant in variants or study.variants():
         table = make(variant)
-        for i, name in enumerate(("family", "method", "seed")):
-            table.insert(i, name, getattr(variant, name))
-        out.append(table)
+        out.append(pd.DataFrame(dataclasses.asdict(variant), table.index).join(table))
     return pd.concat(out, ignore_index=True)
 
 
@@ -43,12 +40,11 @@ def doses(study: Study) -> pd.DataFrame:
 def behaviour(study: Study) -> pd.DataFrame:
     """Behaviour of each variant over its seeds, against its base: family, method, measure, value, low, high."""
     out = []
-    for family in study.families:
+    for family, method in product(study.families, ["base", *study.methods]):
+        tables = [study.behavior(Variant(family, method, seed)) for seed in study.seeds_of(family, method)]
         base = study.behavior(Variant(family, "base"))
-        for method in ["base", *study.methods]:
-            tables = [study.behavior(Variant(family, method, s)) for s in study.seeds_of(family, method)]
-            table = behavior.compare(tables, base, bootstrap=study.preset.bootstrap)
-            out.append(table.assign(family=family, method=method))
+        table = behavior.compare(tables, base, bootstrap=study.preset.bootstrap)
+        out.append(table.assign(family=family, method=method))
     return pd.concat(out, ignore_index=True)
 
 
@@ -86,7 +82,11 @@ def probe_table(study: Study, name: str, *, base: bool = True) -> pd.DataFrame:
 def reference_layers(study: Study) -> dict[str, int]:
     """The layer at which all models of a family are shown side by side: where the base's grouped AUROC is highest."""
     grouped = {f: study.probes(Variant(f, "base")).table("grouped.parquet") for f in study.families}
-    return {family: int(table.layer[table.auroc.idxmax()]) for family, table in grouped.items()}
+    return {family: _best(table) for family, table in grouped.items()}
+
+
+def _best(table: pd.DataFrame) -> int:
+    return int(table.layer[table.auroc.idxmax()])
 
 
 def best_layers(study: Study) -> pd.DataFrame:
@@ -100,14 +100,10 @@ def best_layers(study: Study) -> pd.DataFrame:
         artifact = study.probes(variant)
         grouped, published = (artifact.table(f"{name}.parquet") for name in PROTOCOLS)
         row = {
-            "layer_published": int(published.layer[published.auroc.idxmax()]),
-            "auroc_published": published.auroc.max(),
-            "layer": int(grouped.layer[grouped.auroc.idxmax()]),
-            "auroc_grouped": grouped.auroc.max(),
-            "auroc_honest": _honest(study, variant),
-            "layer0_published": published.auroc.iloc[0],
-            "layer0_grouped": grouped.auroc.iloc[0],
-        }
+            "layer_published": _best(published), "auroc_published": published.auroc.max(), "layer": _best(grouped),
+            "auroc_grouped": grouped.auroc.max(), "auroc_honest": _honest(study, variant),
+            "layer0_published": published.auroc.iloc[0], "layer0_grouped": grouped.auroc.iloc[0],
+        }  # fmt: skip
         rows.append(dataclasses.asdict(variant) | row)
     return pd.DataFrame(rows)
 
@@ -117,11 +113,8 @@ def _honest(study: Study, variant: Variant) -> float:
     arrays = study.probes(variant).arrays("scores.safetensors")
     scores, labels, pair = (arrays[f"grouped.{n}"] for n in ("scores", "labels", "pair_ids"))
     half = np.unique(study.activations(variant).prompt_id[pair], return_inverse=True)[1] % 2
-    out = []
-    for choose, test in ((half == 0, half == 1), (half == 1, half == 0)):
-        layer = np.argmax([roc_auc_score(labels[choose], s[choose]) for s in scores])
-        out.append(roc_auc_score(labels[test], scores[layer][test]))
-    return float(np.mean(out))
+    auroc = [[roc_auc_score(labels[half == h], layer[half == h]) for layer in scores] for h in (0, 1)]
+    return float(np.mean([other[np.argmax(one)] for one, other in (auroc, auroc[::-1])]))
 
 
 def changes(transfer: pd.DataFrame) -> pd.DataFrame:
@@ -129,16 +122,13 @@ def changes(transfer: pd.DataFrame) -> pd.DataFrame:
 
     transfer : over seeds, with ``difference`` and its 95 % interval by family, method, layer.
     ``after_correction`` controls the false discovery rate at 5 % over all layers and variants of a family."""
-    low, high = transfer.difference_low, transfer.difference_high
-    p = pd.Series(statistics.p_value(transfer.difference, low, high), transfer.index)
-    table = transfer.assign(p=statistics.corrected(p, by=transfer.family), raw=(low > 0) | (high < 0))
-    rows = []
-    for (family, method), found in table.groupby(["family", "method"], sort=False):
-        top = found.loc[found.difference.abs().idxmax()]
-        row = {"largest_change": top.difference, "low": top.difference_low, "high": top.difference_high}
-        counts = {"layers_with_change": int(found.raw.sum()), "after_correction": int((found.p < 0.05).sum())}
-        rows.append({"family": family, "method": method} | row | {"at_layer": int(top.layer)} | counts)
-    return pd.DataFrame(rows)
+    key, low, high = ["family", "method"], transfer.difference_low, transfer.difference_high
+    clear = statistics.corrected(statistics.p_value(transfer.difference, low, high), by=transfer.family) < 0.05
+    counts = {"layers_with_change": (low > 0) | (high < 0), "after_correction": clear}
+    names = {"difference": "largest_change", "difference_low": "low", "difference_high": "high", "layer": "at_layer"}
+    by = transfer.assign(**counts, size=transfer.difference.abs()).groupby(key, sort=False)
+    top = transfer.loc[by["size"].idxmax()].rename(columns=names)[[*key, *names.values()]]
+    return top.join(by[[*counts]].sum(), on=key).reset_index(drop=True)
 
 
 def baselines(study: Study) -> pd.DataFrame:
@@ -156,15 +146,12 @@ def baselines(study: Study) -> pd.DataFrame:
             "bag of tokens": [bag.transform(side) for side in sides],
             "log-probability": [said.chosen_logprob.to_numpy(), said.rejected_logprob.to_numpy()],
         }
-        options = {"folds": study.preset.folds, "bootstrap": study.preset.bootstrap}
         for name, values in features.items():
-            rows[family, name] = probes.fit_features(*values, pairs.prompt_id.to_numpy(), **options)[names]
+            rows[family, name] = probes.fit_features(*values, pairs.prompt_id.to_numpy(), **study.draws)[names]
         grouped = study.probes(base).table("grouped.parquet")[names]
         rows |= {(family, "layer 0"): grouped.iloc[0], (family, "best layer"): grouped.loc[grouped.auroc.idxmax()]}
     return pd.DataFrame(rows).T.astype(float).rename_axis(["family", "baseline"]).reset_index()
 
-
-# --- one base, several sets of pairs ----------------------------------------------------------------------------------
 
 NOISE_DRAWS = 10  # one draw of few pairs can lie far from 0.5, so a floor is a mean
 
@@ -181,8 +168,7 @@ def contrast_sets(study: Study, family: str) -> dict[str, pd.DataFrame]:
 
     "paired" one pair a prompt; "repeated answers" several rejected answers against one chosen, so chosen rows repeat;
     "few pairs" fewer pairs than the model has dimensions. Pairs from a file give the second only if prompts repeat."""
-    p = study.preset
-    pairs = study.measured(family)
+    p, pairs = study.preset, study.measured(family)
     sets = {"paired": pairs.drop_duplicates("prompt_id").reset_index(drop=True)}
     if study.tiny_world:
         options = {"length_bias": p.length_bias, "label_noise": p.label_noise}
@@ -215,9 +201,9 @@ def contrast(study: Study) -> pd.DataFrame:
 
 def _with_leaks(study: Study, found, protocol: str) -> pd.DataFrame:
     """``probes.fit_layers`` of read activations, with the AUROC of leaked and of clean rows a layer."""
-    sides, options = (found.chosen, found.rejected, found.prompt_id), {"folds": study.preset.folds}
-    table = probes.fit_layers(*sides, protocol=protocol, bootstrap=study.preset.bootstrap, **options)
-    kept = probes.out_of_fold(*sides, protocol=protocol, **options)
+    sides = (found.chosen, found.rejected, found.prompt_id)
+    table = probes.fit_layers(*sides, protocol=protocol, **study.draws)
+    kept = probes.out_of_fold(*sides, protocol=protocol, folds=study.preset.folds)
     leaks = [probes.leak_check(kept.labels, s, kept.fold_ids, kept.pair_ids, bootstrap=0) for s in kept.scores]
     leaked = {name: [leak[name] for leak in leaks] for name in ("auroc_leaked", "auroc_clean")}
     return table.assign(layer=found.layers, protocol=protocol, **leaked)

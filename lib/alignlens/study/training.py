@@ -1,7 +1,5 @@
 """Stages that make models: tiny bases, reward models, variants, and the random direction that is a null."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np
@@ -12,8 +10,7 @@ from alignlens.core.errors import AlignError
 from alignlens.core.settings import METHODS
 from alignlens.core.store import content_hash
 from alignlens.preferences import tinyworld
-from alignlens.study.stages import Stage
-from alignlens.study.variants import Variant
+from alignlens.study.stages import Stage, Variant
 
 PRETRAINING = ("layers", "d_model", "vocab_size", "pretrain_steps", "pretrain_batch", "pretrain_rate")
 RECIPE = (
@@ -25,7 +22,7 @@ RECIPE = (
 class Base(Stage):
     """A tiny base, trained from scratch on the tiny world's text."""
 
-    name, group, ships, after = "base", "bases", True, ()
+    name, group, ships, after, fields = "base", "bases", True, (), PRETRAINING
 
     def wanted(self, s):
         return [(f,) for f, base in s.preset.families.items() if base.startswith("tiny:")]
@@ -33,13 +30,11 @@ class Base(Stage):
     def label(self, s, family):
         return f"{family}-base"
 
-    def inputs(self, s, family):
+    def made_from(self, s, family):
         # Held-out prompts are kept out of the pretraining text as well, so the split is one of its inputs.
-        return {"held out": content_hash(sorted(s.split("measure").prompt)) if s.tiny_world else "none"}
-
-    def parameters(self, s, family):
+        held_out = content_hash(sorted(s.split("measure").prompt)) if s.tiny_world else "none"
         architecture = s.preset.families[family].removeprefix("tiny:")
-        return {"architecture": architecture, "seed": 0} | {n: getattr(s.preset, n) for n in PRETRAINING}
+        return {"held out": held_out}, {"architecture": architecture, "seed": 0}
 
     def make(self, s, folder, family):
         p, held_out = s.preset, s.split("measure").prompt if s.tiny_world else ()
@@ -63,18 +58,14 @@ class Reward(Stage):
     def label(self, s, family, seed):
         return f"{family}-reward-seed{seed}"
 
-    def inputs(self, s, family, seed):
-        return {"base": s.weights(Variant(family, "base")), "pairs": s.split_key("reward")}
-
-    def parameters(self, s, family, seed):
-        return dataclasses.asdict(recipe(s, "reward", seed))
+    def made_from(self, s, family, seed):
+        keys = {"base": s.weights(Variant(family, "base")), "pairs": s.split_key("reward")}
+        return keys, dataclasses.asdict(recipe(s, "reward", seed))
 
     def make(self, s, folder, family, seed):
-        base = s.source(Variant(family, "base")).model
-        return align.train_reward(
-            folder, base, s.split("reward"), recipe(s, "reward", seed), device=s.device,
-            trust_remote_code=s.preset.trust_remote_code, resumable=s.working(self.name, family, seed),
-        )  # fmt: skip
+        base, kept = s.source(Variant(family, "base")).model, s.working(self.name, family, seed)
+        pairs, own = s.split("reward"), recipe(s, "reward", seed)
+        return align.train_reward(folder, base, pairs, own, resumable=kept, **s.placed)
 
 
 class Trained(Stage):
@@ -88,32 +79,25 @@ class Trained(Stage):
         slowest_first = {"ppo": 0, "grpo": 1}
         return [(v,) for v in sorted(trained, key=lambda v: (slowest_first.get(v.method, 2), v))]
 
-    def inputs(self, s, variant):
+    def made_from(self, s, variant):
         keys = {"base": s.weights(variant.base), "pairs": s.split_key("train"), "heldout": s.split_key("reward")}
         if variant.method in align.ONLINE:
             learned = s.preset.reward == "model"
             keys["reward"] = s.key("reward_model", variant.family, variant.seed) if learned else "true utility"
-        return keys
-
-    def parameters(self, s, variant):
-        return dataclasses.asdict(recipe(s, variant.method, variant.seed))
+        return keys, dataclasses.asdict(recipe(s, variant.method, variant.seed))
 
     def make(self, s, folder, variant):
         if s.preset.variants == "load":
-            raise AlignError(
-                f"variant {variant.label} is neither stored nor given as a checkpoint, and variants is 'load'; "
-                "use variants 'auto' to train it, or name it in checkpoints"
-            )
+            cure = "use variants 'auto' to train it, or name it in checkpoints"
+            missing = "is neither stored nor given as a checkpoint, and variants is 'load'"
+            raise AlignError(f"variant {variant.label} {missing}; {cure}")
         base, reward = s.source(variant.base).model, None
         if variant.method in align.ONLINE:
-            reward = _true_utility
-            if s.preset.reward == "model":
-                adapter = s.reward_model(variant.family, variant.seed).path
-                reward = _load_reward(s, base, adapter)
-        return align.train(
-            folder, base, s.split("train"), s.split("reward"), recipe(s, variant.method, variant.seed), reward=reward,
-            device=s.device, trust_remote_code=s.preset.trust_remote_code, resumable=s.working(self.name, variant),
-        )  # fmt: skip
+            learned = s.preset.reward == "model"
+            reward = _load_reward(s, variant.family, variant.seed) if learned else _true_utility
+        pairs, own = (s.split("train"), s.split("reward")), recipe(s, variant.method, variant.seed)
+        options = {"reward": reward, "resumable": s.working(self.name, variant), **s.placed}
+        return align.train(folder, base, *pairs, own, **options)
 
 
 class RandomDirection(Stage):
@@ -122,19 +106,14 @@ class RandomDirection(Stage):
     name, group, title, ships = "random", "dictionaries", "random direction", True
 
     def wanted(self, s):
-        return [(second,) for f in s.families for name, _, second in s.comparisons(f) if name == "random"]
+        return [(second,) for name, _, second in s.comparisons() if name == "random"]
 
-    def inputs(self, s, variant):
+    def made_from(self, s, variant):
         pattern = s.pattern(variant.family)
         if pattern is None:
-            raise AlignError(
-                f"a random direction for {variant.family} needs a variant with a LoRA adapter as its pattern: "
-                "merged checkpoints have none"
-            )
-        return {"pattern": s.weights(pattern)}
-
-    def parameters(self, s, variant):
-        return {"seed": variant.seed}
+            needed = "needs a variant with a LoRA adapter as its pattern: merged checkpoints have none"
+            raise AlignError(f"a random direction for {variant.family} {needed}")
+        return {"pattern": s.weights(pattern)}, {"seed": variant.seed}
 
     def make(self, s, folder, variant):
         return models.random_adapter(s.source(s.pattern(variant.family)).adapter, folder, seed=variant.seed)
@@ -148,7 +127,7 @@ def recipe(s, method: str, seed: int) -> align.Recipe:
         steps=p.reward_steps if method == "reward" else p.steps, **{name: getattr(p, name) for name in RECIPE},
     )  # fmt: skip
     if p.recipe == "published" and method in METHODS:
-        return align.published(made, len(s.split("train")))
+        made = align.published(made, len(s.split("train")))
     return made
 
 
@@ -160,27 +139,21 @@ def judge(s, family: str) -> behavior.Judge | None:
     """Who scores samples: the tiny world's true utility, else the family's reward model (seed 0), else nobody.
 
     Where variants are trained against reward models, tiny-world samples also get that model's ``reward``."""
-    reward = _learned_reward(s, family) if s.needs_reward_model else None
-    if not s.tiny_world:
-        return behavior.Judge("reward model", lambda p, r: pd.DataFrame({"score": reward(p, r)})) if reward else None
+    format, model = s.format(family), _load_reward(s, family, 0) if s.needs_reward_model else None
 
-    def score(prompts, responses):
-        table = tinyworld.score(prompts, responses).rename(columns={"utility": "score"})
-        return table.assign(reward=reward(prompts, responses)) if reward else table
-
-    return behavior.Judge("true utility", score)
-
-
-def _load_reward(s, base: str, adapter):
-    return models.load_reward(base, adapter, device=s.device, trust_remote_code=s.preset.trust_remote_code)
-
-
-def _learned_reward(s, family: str):
-    base, format = s.source(Variant(family, "base")).model, s.format(family)
-    reward = _load_reward(s, base, s.reward_model(family, 0).path)
-
-    def rewards(prompts, responses):
+    def reward(prompts, responses):
         ids = [format.encode(p, r or " ") for p, r in zip(prompts, responses, strict=True)]
-        return models.rewards(reward, [p for p, _ in ids], [r for _, r in ids], pad_id=format.pad_id)
+        return models.rewards(model, [p for p, _ in ids], [r for _, r in ids], pad_id=format.pad_id)
 
-    return rewards
+    def utility(prompts, responses):
+        table = tinyworld.score(prompts, responses).rename(columns={"utility": "score"})
+        return table.assign(reward=reward(prompts, responses)) if model else table
+
+    if s.tiny_world:
+        return behavior.Judge("true utility", utility)
+    return behavior.Judge("reward model", lambda p, r: pd.DataFrame({"score": reward(p, r)})) if model else None
+
+
+def _load_reward(s, family: str, seed: int):
+    base = s.source(Variant(family, "base")).model
+    return models.load_reward(base, s.reward_model(family, seed).path, **s.placed)

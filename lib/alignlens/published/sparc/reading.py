@@ -51,10 +51,9 @@ def classify(sparc: Sparc, streams) -> pd.DataFrame:
     for _, z, _ in sparc.batches(streams, 256):
         fires = fires + (z > 0).any(2).sum(1).numpy() / rows
         mean = mean + z.mean(2).double().sum(1).numpy() / rows
-    both = {"density": fires, "cf": mean}
-    columns |= {f"{name}_{stream}": both[name][i] for name in both for i, stream in enumerate(STREAMS)}
-    table = pd.DataFrame(columns | {"cf_shift": mean[1] - mean[0]})
-    cuts, components = adaptive(rho)
+    for name, both in (("density", fires), ("cf", mean)):
+        columns |= {f"{name}_{stream}": values for stream, values in zip(STREAMS, both, strict=True)}
+    table, (cuts, components) = pd.DataFrame(columns | {"cf_shift": mean[1] - mean[0]}), adaptive(rho)
     table["label"] = labels(table, cuts)
     table.attrs |= {"thresholds": cuts, "components": components}
     return table
@@ -148,10 +147,9 @@ def superposition(sparc: Sparc, table: pd.DataFrame, *, corrected=False, max_lat
         layers, parts = np.divmod(np.array(row["parts"], int), base.shape[1])
         row |= {"latent": latent, "layer": layer, "parts": parts.tolist(), "part_layers": layers.tolist()}
         row["superposed"] = row["r2"] > 0.8 and 2 <= row["non_zeros"] <= 50
-        if windowed and not corrected:
-            row["superposed"] = row["r2"] >= 0.5 and row["non_zeros"] >= 2
         if windowed:
-            row["superposed"] &= bool((layers != layer).any())
+            loosely = row["superposed"] if corrected else row["r2"] >= 0.5 and row["non_zeros"] >= 2
+            row["superposed"] = loosely and bool((layers != layer).any())
         if corrected:
             if layer not in null:
                 random = unit(rng.standard_normal((draws, base.shape[1])) @ aligned[layer])
@@ -186,9 +184,8 @@ def shared_geometry(sparc: Sparc, table: pd.DataFrame, *, corrected=False, permu
     vectors, on free latents that fire in at least 1 % of the rows of a stream: residual = share of squares that the map
     (with one scale) leaves, unrotated = without a map, null_mean, null_low (2.5 %) and p = under permuted partners. NaN
     below 10 latents, the published minimum."""
-    live = True
-    if corrected:
-        live = ~table["forced"] & (table[["density_base", "density_aligned"]].max(axis=1) >= MIN_DENSITY)
+    dense = table[["density_base", "density_aligned"]].max(axis=1) >= MIN_DENSITY
+    live = ~table["forced"] & dense if corrected else True
     rng, rows = np.random.default_rng(0), []
     for layer, (base, aligned) in enumerate(zip(*sparc.decoders.astype(np.float64), strict=True)):
         for name in (*SHARED, "all_shared"):
