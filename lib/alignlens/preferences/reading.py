@@ -145,7 +145,7 @@ def _read_hub(name, revision, split):
         except OSError as error:
             if not away:
                 raise
-            raise OSError(away) from error
+            raise ConnectionError(away) from error
 
 
 def _read(source, split):

@@ -172,8 +172,7 @@ def _parted(chosen, rejected, notes):
     one, other = ([*map(_key, talk)] for talk in (chosen, rejected))
     refuse_if(one == other, "is equal to chosen", "rejected", "equal")
     shared = next((n for n, keys in enumerate(zip(one, other, strict=False)) if keys[0] != keys[1]), None)
-    words = "one conversation is the beginning of the other: end both with the answers that are to be compared"
-    refuse_if(shared is None, words, "rejected")
+    refuse_if(shared is None, "one conversation is the beginning of the other: end both with answers", "rejected")
     if not one[shared][0] == other[shared][0] == "assistant":
         short, long = sorted((one[:-1], other[:-1]), key=len)
         words = "holds a system message or earlier turns that the other answer lacks: put them into the prompt"
