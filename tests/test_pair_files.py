@@ -562,3 +562,10 @@ def test_a_hub_out_of_reach_is_asked_once(monkeypatch, caplog):
     with pytest.raises(PreferenceError, match=words):
         load_pairs("nobody/nothing")
     assert asked == [constants.ENDPOINT] and not caplog.records and constants.HF_HUB_OFFLINE is False
+
+
+def test_a_completion_with_both_labels_is_left_out_whatever_the_space_around_it():
+    rows = [("Q", "Yes.", True), ("Q", "Yes. ", False), ("Q", "No.", False), ("Q", "Good.", True)]
+    table = load_pairs(pd.DataFrame(rows, columns=["prompt", "completion", "label"]))
+    assert table[["chosen", "rejected"]].to_numpy().tolist() == [["Good.", "No."]]
+    assert table.attrs["report"]["both_labels"] == 2

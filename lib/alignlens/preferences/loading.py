@@ -78,7 +78,8 @@ def _drop(rows, bad, name, report):
 def _pair_completions(rows, report):
     """Pairs from labelled completions, within a prompt, each completion used once, in the order of a content hash."""
     rows = _drop(rows, rows.duplicated(["prompt_id", "completion", "label"]), "repeated_completion", report)
-    rows = _drop(rows, rows.duplicated(["prompt_id", "completion"], keep=False), "both_labels", report)
+    said = rows.assign(said=rows["completion"].str.strip()).groupby(["prompt_id", "said"])["label"]
+    rows = _drop(rows, said.transform("nunique") > 1, "both_labels", report)
     rows = rows.assign(**{PLACE: range(len(rows))})
     order = rows["completion"].map(lambda text: hashlib.blake2b(text.encode()).hexdigest())
     rows = rows.loc[order.sort_values(kind="stable").index]
