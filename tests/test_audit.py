@@ -197,6 +197,8 @@ def test_the_base_with_itself_shows_nothing(nothing):
     for x in numbers({name: nothing[name] for name in ("weights", "behaviour")}):
         assert not beyond(x) or x["unit"] == "tokens"
     assert nothing["causal"]["patching"]["reason"]
+    advised = [line["title"] for line in audit.verdict(nothing) if line["advice"]]
+    assert advised == ["How far it moved", "Within noise", "Not measured"]
 
 
 def test_every_number_has_its_interval_and_floor(result):

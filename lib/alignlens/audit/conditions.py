@@ -23,8 +23,9 @@ def verdict(result: dict) -> list[dict]:
         facts["best"] = result["signal"]["best"]["aligned"]["layer"]
         facts["length"] = digits(result["signal"]["baselines"]["length"]["value"])
     same = verdicts.NOTHING if result["models"]["identical"] and holds.get("nothing_moved", True) else {}
+    told = {"always", "nothing_moved"} if same else holds.keys()  # of one model, nothing is to be built or refitted
     for title, says in verdicts.LINES.items():
-        advice = [words.format(**facts) for name, words in ADVICE[title].items() if holds.get(name)]
+        advice = [words.format(**facts) for name, words in ADVICE[title].items() if name in told and holds.get(name)]
         out.append({"title": title, "text": same.get(title) or says(result, holds), "advice": advice})
     return out
 
