@@ -11,9 +11,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignlens import align, models, preferences
+from alignlens.core import hub
 from alignlens.preferences import Formatter, tinyworld
 
 torch.set_num_threads(1)
@@ -101,3 +103,19 @@ def reward(micro, tmp_path_factory) -> Path:
 def utility(prompts, responses):
     """The tiny world's judge, as a reward."""
     return tinyworld.score(list(prompts), list(responses)).utility.to_numpy()
+
+
+@pytest.fixture
+def hub_away(monkeypatch):
+    """A hub that does not answer; the addresses that were asked."""
+    asked = []
+
+    class Session:
+        def head(self, url, **options):
+            asked.append(url)
+            raise OSError("no route")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(hub, "get_session", Session)
+    return asked

@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 from huggingface_hub import constants
 
-from alignlens.core import hub
 from alignlens.core.errors import PreferenceError
 from alignlens.preferences import NOTED, describe_report, is_local, join_turns, load_pairs
 
@@ -547,21 +546,11 @@ def test_sources_that_are_none_say_what_to_give(source, words):
         load_pairs(source)
 
 
-def test_a_hub_out_of_reach_is_asked_once(monkeypatch, caplog):
-    asked = []
-
-    class Session:
-        def head(self, url, **options):
-            asked.append(url)
-            raise OSError("no route")
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setattr(hub, "get_session", Session)
+def test_a_hub_out_of_reach_is_asked_once(hub_away, caplog):
     words = r"nothing: cannot be read \(ConnectionError: the hub cannot be reached, and the cache lacks its files\)"
     with pytest.raises(PreferenceError, match=words):
         load_pairs("nobody/nothing")
-    assert asked == [constants.ENDPOINT] and not caplog.records and constants.HF_HUB_OFFLINE is False
+    assert hub_away == [constants.ENDPOINT] and not caplog.records and constants.HF_HUB_OFFLINE is False
 
 
 def test_a_completion_with_both_labels_is_left_out_whatever_the_space_around_it():
