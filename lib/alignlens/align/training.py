@@ -5,7 +5,6 @@ import math
 import shutil
 import tempfile
 from dataclasses import replace
-from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,11 +45,8 @@ def answerable(encoded: Encoded, longest: int) -> Encoded:
         return encoded
     if not fits.any():
         raise AlignError(f"no prompt has at most {longest} tokens, and the model has no room to answer: shorten them")
-    names = ("prompts", "prompt_ids", "chosen_ids", "rejected_ids")
-    lists = {name: list(compress(getattr(encoded, name), fits)) for name in names}
-    kept, report = encoded.kept.copy(), {"kept": int(fits.sum()), "no_room_to_answer": int((~fits).sum())}
-    kept[kept] = fits
-    return replace(encoded, **lists, kept=kept, report=encoded.report | report, prompt_id=encoded.prompt_id[fits])
+    report = {"kept": int(fits.sum()), "no_room_to_answer": int((~fits).sum())}
+    return replace(encoded.take(np.flatnonzero(fits)), report=encoded.report | report)
 
 
 def train(

@@ -153,9 +153,9 @@ def usable(pairs: pd.DataFrame, encoded: Encoded, request: Request, context: int
 
 
 def subset(encoded: Encoded, rows) -> Encoded:
-    """Some of the encoded pairs, by their place among the kept ones."""
-    lists = {name: [getattr(encoded, name)[i] for i in rows] for name in (*IDS, "prompts")}
-    sizes = [len(p) + max(len(c), len(r)) for p, c, r in zip(*(lists[name] for name in IDS), strict=True)]
+    """Some of the encoded pairs, by their place among the kept ones, as if they were all."""
+    found = encoded.take(rows)
+    ids = zip(found.prompt_ids, found.chosen_ids, found.rejected_ids, strict=True)
+    sizes = [len(p) + max(len(c), len(r)) for p, c, r in ids]
     report = {"median_tokens": int(np.median(sizes)), "longest_tokens": max(sizes)}
-    kept = np.ones(len(sizes), bool)
-    return replace(encoded, **lists, report=report, kept=kept, prompt_id=encoded.prompt_id[rows])
+    return replace(found, report=report, kept=np.ones(len(sizes), bool))

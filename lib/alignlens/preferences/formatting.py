@@ -6,7 +6,7 @@ differences between formats."""
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import compress, takewhile
 
@@ -52,6 +52,13 @@ class Encoded:
 
     def __len__(self):
         return len(self.prompt_ids)
+
+    def take(self, places):
+        """Some of the kept rows, by their places among them, rising; the report stays that of all."""
+        names = ("prompt_ids", "chosen_ids", "rejected_ids", "prompts")
+        lists = {name: [getattr(self, name)[i] for i in places] for name in names}
+        kept = np.isin(np.arange(len(self.kept)), self.rows[places])
+        return replace(self, **lists, kept=kept, prompt_id=self.prompt_id[places])
 
 
 class Formatter:
